@@ -1,0 +1,1 @@
+"""Data: sources -> rows -> checked examples -> filters -> train and held-out parts."""
