@@ -1,0 +1,190 @@
+"""Names in a recipe -> checked folders, content ids and cache keys. What the plan and the run agree on stands here.
+
+A stage's key is a hash of everything that can change what it makes: its kind and resolved settings, the content of its
+parent, its data, template and judge, and the versions of the libraries whose numbers it uses.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from align.data.prepare import PreparedData, prepare, read_prepared, source_key, write_prepared
+from align.errors import AlignError, did_you_mean
+from align.models.source import Source, source_of
+from align.recipe import MergeSettings, Recipe, Stage, TrainingSettings
+from align.registry import CheckpointRecord, DataRecord, Registry
+from align.registry.hashing import folder_manifest, sha256_file, sha256_json
+
+NUMERICS = 1  # raised whenever the same inputs would give other weights
+VERSIONS = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a stage starts: loadable weights, the hash of their content, and the checkpoint they are, if one of ours."""
+
+    source: Source
+    id: str
+    name: str
+    record: CheckpointRecord | None = None
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """A recipe, the folder its paths are relative to, and the registry it works in."""
+
+    recipe: Recipe
+    folder: Path
+    registry: Registry
+
+    def stage(self, name: str) -> Stage:
+        """Settings of the stage of that name."""
+        return self.recipe.stages[name]
+
+    def seed(self, name: str) -> int:
+        """Seed of a stage: its own, else the recipe's."""
+        own = self.stage(name).seed
+        return self.recipe.seed if own is None else own
+
+    def full_name(self, name: str) -> str:
+        """The name that a stage or a data set of this recipe has in the registry."""
+        return f"{self.recipe.name}/{name}"
+
+    @cached_property
+    def model(self) -> Origin:
+        """The recipe's own model."""
+        return self._origin(self.recipe.model)
+
+    def starting_point(self, name: str, made: Mapping[str, CheckpointRecord]) -> Origin | None:
+        """Where a stage starts; None while the stage before it has not been made. `made`: this recipe's, by stage name."""
+        start = self.stage(name).from_
+        if start is None:
+            return self.model
+        if start in self.recipe.stages:
+            return self._recorded(made[start]) if start in made else None
+        return self._origin(start)
+
+    def data_names(self, name: str) -> list[str]:
+        """Data sets that a stage reads: what it trains on, and the one whose held-out prompts are answered."""
+        stage = self.stage(name)
+        own = [stage.data] if isinstance(stage, TrainingSettings) else []
+        asked = self.recipe.evaluation.prompts
+        return list(dict.fromkeys([*own, *([asked] if asked else [])]))
+
+    def data_key(self, name: str) -> str:
+        """Content hash of a data set: the bytes of its files and the settings that choose among its rows."""
+        return source_key(name, self.recipe.data, folder=self.folder, seed=self.recipe.seed)
+
+    def data(self, name: str) -> tuple[DataRecord, PreparedData]:
+        """A data set, checked, filtered and split; prepared once for each content and kept in the registry."""
+        key = self.data_key(name)
+        record = self.registry.data_by_key(key)
+        if record is None:
+            prepared = prepare(name, self.recipe.data, folder=self.folder, seed=self.recipe.seed)
+            aside = self.registry.new_folder("data")
+            write_prepared(prepared, aside)
+            record = self.registry.add_data(self.full_name(name), key, aside, prepared.report.as_dict())
+        self.registry.check_unchanged(record)
+        return record, read_prepared(self.registry.folder_of(record))
+
+    def key(self, name: str, origin: Origin) -> str:
+        """Cache key of a stage that starts at `origin`."""
+        return sha256_json(self.ingredients(name, origin))
+
+    def ingredients(self, name: str, origin: Origin) -> dict[str, Any]:
+        """All that the key of a stage is made from, readable: the plan names what differs."""
+        evaluation = self.recipe.evaluation
+        return {
+            "settings": stage_settings(self.stage(name)),
+            "seed": self.seed(name),
+            "parent": origin.id,
+            "data": {data: self.data_key(data) for data in self.data_names(name)},
+            "template": self._file_hash(self.recipe.template),
+            "judge": self._file_hash(evaluation.judge),
+            "evaluation": evaluation.model_dump(mode="json", exclude={"judge", "samples"}),
+            "versions": {"numerics": str(NUMERICS), **library_versions()},
+        }
+
+    def _origin(self, reference: str) -> Origin:
+        as_path = self.folder / reference
+        if as_path.exists():
+            return self._foreign(str(as_path), reference)
+        if self.registry.knows(reference):
+            return self._recorded(self.registry.checkpoint(reference))
+        return self._foreign(_snapshot(reference, self.recipe.revision), reference)
+
+    def _foreign(self, path: str, name: str) -> Origin:
+        source = source_of(path, trust_remote_code=self.recipe.trust_remote_code)
+        return Origin(source, _content_id(Path(path), self.registry), name)
+
+    def _recorded(self, record: CheckpointRecord) -> Origin:
+        self.registry.check_unchanged(record)
+        source = source_of(self.registry.folder_of(record), trust_remote_code=self.recipe.trust_remote_code)
+        return Origin(source, record.id, record.name, record)
+
+    def _file_hash(self, path: str | None) -> str | None:
+        return sha256_file(existing_file(self.folder / path)) if path else None
+
+
+def stage_settings(stage: Stage) -> dict[str, Any]:
+    """Settings of a stage that can change what it makes, as JSON, with the learning rate filled in."""
+    settings = stage.model_dump(mode="json", by_alias=True, exclude={"log_steps", "save_steps", "from_", "seed", "data"})
+    if isinstance(stage, TrainingSettings):
+        settings["learning_rate"] = stage.peak_learning_rate()
+    return settings
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of align and of the libraries that change numbers."""
+    return {name: importlib.metadata.version(name) for name in ("align", *VERSIONS)}
+
+
+def existing_file(path: Path) -> Path:
+    """The path, if it is a file. Raises AlignError with the nearest name beside it."""
+    if path.is_file():
+        return path
+    beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    raise AlignError(f"there is no file {path}", did_you_mean(path.name, beside) if beside else "")
+
+
+def _snapshot(reference: str, revision: str | None) -> str:
+    """Local folder of a hub model, downloaded once and then taken from the hub's own cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.tiktoken"]
+    try:
+        return snapshot_download(reference, revision=revision, allow_patterns=patterns)
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        raise AlignError(
+            f"model '{reference}' is no folder, no checkpoint of the registry, and the hub does not give it: "
+            f"{str(error).splitlines()[0]}",
+            "Check the name and the network (HF_HUB_OFFLINE?), or give the path of a folder.",
+        ) from error
+
+
+def _content_id(folder: Path, registry: Registry) -> str:
+    """Hash of a foreign folder's files. Kept by size and change time of each file, so that a plan does not read gigabytes."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    seen = [[str(p), (s := os.stat(p)).st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for p in files]
+    kept = registry.home / "cache" / "content-ids" / f"{sha256_json(seen)}.json"
+    if kept.is_file():
+        return str(json.loads(kept.read_text())["id"])
+    found = folder_manifest(folder).id
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    aside = kept.with_suffix(f".{os.getpid()}")
+    aside.write_text(json.dumps({"id": found}))
+    aside.rename(kept)
+    return found
+
+
+def is_merge(stage: Stage) -> bool:
+    """Whether a stage only merges, so that it reads no training data."""
+    return isinstance(stage, MergeSettings)

@@ -1,0 +1,47 @@
+"""What goes into a stage and what comes out. A stage never sees the registry: it gets checked paths and values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from align.data.examples import Example
+from align.data.prepare import PreparedData
+from align.judge import Judge
+from align.models import Source
+from align.recipe import EvaluationSettings
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything a stage works on, resolved and checked.
+
+    parent: where it starts (and, for dpo, its reference); parent_id: content hash of that.
+    questions: held-out examples whose prompts are answered before and after; judge: who marks the answers, if anyone.
+    work: kept until the stage is done, so that it can go on after a stop; cache: kept across runs, by content.
+    """
+
+    parent: Source
+    parent_id: str
+    data: PreparedData
+    questions: Sequence[Example]
+    judge: Judge | None
+    template: str | None
+    seed: int
+    evaluation: EvaluationSettings
+    work: Path
+    cache: Path
+    log_to: Sequence[str] = ()
+
+
+@dataclass
+class Outcome:
+    """What a stage made. `metrics` holds numbers as before.<name> and after.<name>, each a number or an estimate."""
+
+    kind: str
+    template_sha256: str
+    metrics: dict[str, Any] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    lengths: dict[str, Any] = field(default_factory=dict)

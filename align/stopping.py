@@ -1,0 +1,53 @@
+"""Ctrl-C and SIGTERM: the first asks to stop at the next step boundary, the second stops now.
+
+Work that can save its state runs inside `stops_at_boundary()` and looks at `stop_requested()`; anywhere else the first
+signal raises Interrupted at once, since nothing there needs saving.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from align.errors import Interrupted
+
+_requested = 0
+_at_boundary = False
+
+
+def stop_requested() -> int:
+    """Number of the signal that asked to stop; 0 when none did."""
+    return _requested
+
+
+@contextmanager
+def stops_at_boundary() -> Iterator[None]:
+    """In this block the first signal only sets the request."""
+    global _at_boundary
+    _at_boundary = True
+    try:
+        yield
+    finally:
+        _at_boundary = False
+
+
+@contextmanager
+def signals_handled() -> Iterator[None]:
+    """Handle SIGINT and SIGTERM in this block as the module says."""
+    global _requested
+    _requested = 0
+    before = {number: signal.signal(number, _handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _handle(number: int, frame: FrameType | None) -> None:
+    global _requested
+    again, _requested = bool(_requested), number
+    if again or not _at_boundary:
+        raise Interrupted(number, f"stopped by {signal.Signals(number).name}", "The same command starts where it can.")

@@ -1,0 +1,255 @@
+"""The one optimisation loop: rows in random order, an objective, AdamW. It knows no algorithm.
+
+It stands on `transformers.Trainer`, which brings devices, optimisers, schedules and logging integrations. Three things
+are ours. One item of the data loader is one whole optimiser step, cut into micro-batches by a token budget, so that the
+result does not depend on what fits into memory. The whole run is one pass over a stream of shuffled epochs, so that a
+resumed run goes on with the very next row. And a number that is not finite stops the run at once, with the rows named.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from align.batches import epoch_order, micro_batches
+from align.errors import Interrupted, StageFailed
+from align.models import compute_dtype
+from align.progress import Bar, Progress
+from align.recipe import TrainingSettings
+from align.state import complete_states, mark_complete
+from align.stopping import stop_requested
+
+
+class Objective(Protocol):
+    """What a stage asks of a model. Sums, not means: the loop divides by the weight of the whole optimiser step."""
+
+    def weight(self, rows: Sequence[Any]) -> float:
+        """What the summed loss of these rows is divided by: trained tokens, or pairs."""
+
+    def tokens(self, row: Any) -> int:
+        """How many tokens of this row go through the model."""
+
+    def __call__(self, model: nn.Module, rows: Sequence[Any]) -> tuple[Tensor, dict[str, float]]:
+        """Summed loss (scalar, with a graph) and summed metrics of these rows."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """All that one training needs. `held_out` rows are only measured; `state` keeps what a resumed run needs."""
+
+    model: nn.Module
+    objective: Objective
+    rows: Sequence[Any]
+    held_out: Sequence[Any]
+    settings: TrainingSettings
+    seed: int
+    state: Path
+    log_to: Sequence[str] = ()
+
+
+def train(task: Task, progress: Progress) -> int:
+    """Train the model in place, going on from the last complete state if there is one. Returns the steps of the run.
+
+    Raises StageFailed when loss or gradient is not finite, Interrupted when a signal asked to stop.
+    """
+    stream = RowStream(len(task.rows), task.settings, task.seed)
+    states = complete_states(task.state)
+    trainer = _StepTrainer(task, stream, progress)
+    with progress.bar("training", len(stream)) as bar:
+        trainer.bar = bar
+        trainer.train(resume_from_checkpoint=str(states[-1]) if states else None)
+    if number := stop_requested():
+        raise Interrupted(
+            number,
+            f"stopped by {signal.Signals(number).name} after step {trainer.state.global_step} of {len(stream)}; its state is saved",
+            "The same command goes on from there.",
+        )
+    return len(stream)
+
+
+def steps_of(rows: int, settings: TrainingSettings) -> int:
+    """Optimiser steps of a run over that many rows."""
+    steps = math.ceil(settings.epochs * rows / settings.batch_size)
+    return min(steps, settings.max_steps or steps)
+
+
+class RowStream(Sampler[list[int]]):
+    """Row numbers of each optimiser step: one shuffled epoch after the other, cut into batches across their seams."""
+
+    def __init__(self, rows: int, settings: TrainingSettings, seed: int) -> None:
+        self.rows, self.seed = rows, seed
+        self.batch_size = settings.batch_size
+        self.steps = steps_of(rows, settings)
+        self.total = min(round(settings.epochs * rows), self.steps * settings.batch_size)
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batch: list[int] = []
+        for position in range(self.total):
+            epoch, offset = divmod(position, self.rows)
+            if offset == 0:
+                order = epoch_order(self.rows, self.seed, epoch)
+            batch.append(order[offset])
+            if len(batch) == self.batch_size:
+                yield batch
+                batch = []
+        if batch:
+            yield batch
+
+
+def measure(model: nn.Module, objective: Objective, rows: Sequence[Any], settings: TrainingSettings) -> dict[str, float]:
+    """Mean loss and metrics of the objective over `rows`, without training; {} when there are none."""
+    if not rows:
+        return {}
+    was_training = model.training
+    model.eval()
+    sums: Counter[str] = Counter()
+    with torch.no_grad():
+        for group in micro_batches([objective.tokens(row) for row in rows], settings.batch_tokens):
+            with autocast(model, settings.precision):
+                loss, more = objective(model, [rows[i] for i in group])
+            sums.update({"loss": float(loss), **more})
+    model.train(was_training)
+    weight = objective.weight(rows)
+    return {name: total / weight for name, total in sums.items()}
+
+
+def autocast(model: nn.Module, precision: str) -> torch.autocast:
+    """Arithmetic in the precision asked for; weights that train stay float32."""
+    device = next(model.parameters()).device.type
+    dtype = compute_dtype(precision)
+    return torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+class _StepTrainer(Trainer):
+    """transformers' Trainer with our optimiser step, our log and our check for finite numbers."""
+
+    bar: Bar
+
+    def __init__(self, task: Task, stream: RowStream, progress: Progress) -> None:
+        self.task, self.stream, self.progress = task, stream, progress
+        self._sums: Counter[str] = Counter()
+        self._weight = 0.0
+        self._current: list[int] = []
+        arguments = _arguments(task, len(stream))
+        super().__init__(model=task.model, args=arguments, train_dataset=_Rows(task.rows), data_collator=list)
+        self.remove_callback(PrinterCallback)
+        self.add_callback(_AtStepEnd(self))
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.train_dataset, batch_sampler=self.stream, collate_fn=list)
+
+    def training_step(self, model: nn.Module, inputs: list[tuple[int, Any]], num_items_in_batch: Any = None) -> Tensor:
+        model.train()
+        objective, settings = self.task.objective, self.task.settings
+        self._current = [number for number, _ in inputs]
+        rows = [row for _, row in inputs]
+        lengths = [objective.tokens(row) for row in rows]
+        weight = objective.weight(rows)
+        total = torch.zeros((), device=self.args.device)
+        for group in micro_batches(lengths, settings.batch_tokens):
+            with autocast(model, settings.precision):
+                loss, sums = objective(model, [rows[i] for i in group])
+            self.accelerator.backward(loss / weight)
+            total += loss.detach()
+            self._sums.update(sums)
+        self._weight += weight
+        mean = total / weight
+        self._refuse_unless_finite("loss", float(mean))
+        self.bar.advance(1, tokens=sum(lengths), note=f"loss {float(mean):.3f}")
+        return mean
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm = super()._clip_grad_norm(model)
+        self._refuse_unless_finite("gradient norm", float(norm))
+        return norm
+
+    def _refuse_unless_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise StageFailed(
+                f"the {what} is {value} at step {self.state.global_step + 1}, on training rows {sorted(self._current)}",
+                "Nothing was saved after the last complete state. Lower learning_rate, or use precision: float32.",
+            )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            means = {name: total / self._weight for name, total in self._sums.items()} if self._weight else {}
+            logs = {**logs, **means}
+            self._sums, self._weight = Counter(), 0.0
+            self.progress.metrics(self.state.global_step, {f"train.{name}": float(v) for name, v in logs.items()})
+        super().log(logs, start_time)
+
+    def measure_held_out(self) -> None:
+        """Held-out loss and metrics at this step, into the log."""
+        numbers = measure(self.model, self.task.objective, self.task.held_out, self.task.settings)
+        self.progress.metrics(self.state.global_step, {f"eval.{name}": value for name, value in numbers.items()})
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        mark_complete(self.task.state, self.state.global_step)
+
+
+class _AtStepEnd(TrainerCallback):
+    """After each step: stop and save when a signal asked for it; a few times in a run, measure the held-out rows."""
+
+    def __init__(self, trainer: _StepTrainer) -> None:
+        self.trainer = trainer
+        self.every = max(1, math.ceil(len(trainer.stream) / 5))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if stop_requested():
+            control.should_save = control.should_training_stop = True
+        elif state.global_step % self.every == 0:
+            self.trainer.measure_held_out()
+
+
+class _Rows:
+    """Rows with their numbers, so that an error can name them."""
+
+    def __init__(self, rows: Sequence[Any]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> tuple[int, Any]:
+        return number, self.rows[number]
+
+
+def _arguments(task: Task, steps: int) -> TrainingArguments:
+    settings = task.settings
+    extra: Mapping[str, Any] = {"neftune_noise_alpha": settings.neftune} if settings.neftune else {}
+    return TrainingArguments(
+        output_dir=str(task.state),
+        max_steps=steps,
+        learning_rate=settings.peak_learning_rate(),
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(settings.schedule, settings.schedule),
+        warmup_steps=math.ceil(settings.warmup * steps),
+        optim={"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit"}[settings.optimizer],
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        logging_steps=settings.log_steps,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=settings.save_steps,
+        report_to=list(task.log_to),
+        seed=task.seed,
+        data_seed=task.seed,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_num_workers=0,
+        use_cpu=not torch.cuda.is_available(),
+        **extra,
+    )
