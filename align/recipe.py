@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
 Format = Literal[
     "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "preferences", "rated", "hh", "prompts", "text"
@@ -23,7 +24,7 @@ Logger = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 class Settings(BaseModel):
     """Strict and frozen: unknown keys are refused, types are not coerced (a whole number may stand for a real one)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 # Data ----------------------------------------------------------------------------------------------------------------
@@ -121,7 +122,7 @@ class StageSettings(Settings):
         None, alias="from",
         description="Checkpoint to start at: a stage of this recipe, recipe/stage, a tag or a folder; None: the model.",
     )  # fmt: skip
-    seed: int | None = Field(None, description="Seed of this stage; None: the recipe's.")
+    seed: Seed | None = Field(None, description="Seed of this stage; None: the recipe's.")
 
 
 class TrainingSettings(StageSettings):
@@ -173,7 +174,7 @@ class TrainingSettings(StageSettings):
         """The learning rate that is used: the recipe's, or the default of the stage's kind."""
         if self.learning_rate is not None:
             return self.learning_rate
-        return PEAK_LEARNING_RATE[self.kind] * (ADAPTER_FACTOR if self.adapter else 1)
+        return round(PEAK_LEARNING_RATE[self.kind] * (ADAPTER_FACTOR if self.adapter else 1), 12)
 
     @model_validator(mode="after")
     def _quantized_needs_adapter(self) -> TrainingSettings:
@@ -339,7 +340,7 @@ class Recipe(Settings):
         False, description="Run Python code that comes with the model. Only for code you read."
     )
     template: str | None = Field(None, description="Jinja file with a chat template; None: the model's own, else ours.")
-    seed: int = Field(0, description="Governs every random choice of every stage.")
+    seed: Seed = Field(0, description="Governs every random choice of every stage.")
     data: dict[Name, DataSettings] = Field({}, description="The recipe's names for its data.")
     stages: dict[Name, Stage] = Field(min_length=1, description="What to make, in any order; `from:` makes the graph.")
     evaluation: EvaluationSettings = Field(EvaluationSettings(), description="How every stage is measured.")

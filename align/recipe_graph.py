@@ -1,0 +1,200 @@
+"""The graph that a recipe's stages and data sets make, and what can be wrong with it. Needs no files and no torch.
+
+A name in `from:` that is no stage of the recipe is left alone: it may be recipe/stage, a tag or a folder, and only the
+registry knows those.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Mapping, Sequence
+from graphlib import CycleError, TopologicalSorter
+
+from align.errors import AlignError, did_you_mean
+from align.recipe import MergeSettings, Recipe, RewardSettings, Stage, TrainingSettings
+from align.recipe_problems import Problem
+from align.yaml_text import shown
+
+Graph = Mapping[str, Sequence[str]]
+
+
+def check_graph(recipe: Recipe) -> list[Problem]:
+    """Names that do not exist, cycles, and stages that cannot start where they say."""
+    problems = [*_unknown_data(recipe), *_mix_cycle(recipe)]
+    cycle = find_cycle(stage_graph(recipe))
+    if cycle:
+        return [*problems, Problem(("stages", cycle[0], "from"), f"a cycle in `from:`: {' -> '.join(cycle)}.")]
+    for name, stage in recipe.stages.items():
+        problems += _wrong_start(recipe, name, stage)
+        if isinstance(stage, TrainingSettings):
+            problems += _wrong_adapter(recipe, name, stage)
+    return problems
+
+
+def recipe_warnings(recipe: Recipe) -> list[str]:
+    """What is no error but hardly meant: data sets that nothing uses."""
+    used = {recipe.evaluation.prompts}
+    used |= {stage.data for stage in recipe.stages.values() if isinstance(stage, TrainingSettings)}
+    for settings in recipe.data.values():
+        used |= {part.data for part in settings.mix} | set(settings.decontaminate)
+    return [f"data set '{name}' is used by no stage" for name in recipe.data if name not in used]
+
+
+def stage_graph(recipe: Recipe) -> dict[str, list[str]]:
+    """Each stage with the stages of the recipe that it needs."""
+    return {
+        name: [stage.from_] if stage.from_ is not None and stage.from_ in recipe.stages else []
+        for name, stage in recipe.stages.items()
+    }
+
+
+def topological_order(recipe: Recipe) -> list[str]:
+    """Every stage after those it needs, otherwise in the order of the recipe."""
+    return needed(recipe, list(recipe.stages))
+
+
+def needed(recipe: Recipe, names: Sequence[str]) -> list[str]:
+    """The named stages and all that they need, in an order in which they can run. Raises AlignError on unknown names."""
+    graph = stage_graph(recipe)
+    wanted: set[str] = set()
+    waiting = list(names)
+    while waiting:
+        name = waiting.pop()
+        if name not in graph:
+            raise AlignError(f"recipe '{recipe.name}' has no stage '{name}'.", did_you_mean(name, graph))
+        if name not in wanted:
+            wanted.add(name)
+            waiting += graph[name]
+    return _ordered({name: graph[name] for name in graph if name in wanted})
+
+
+def find_cycle(graph: Graph) -> list[str]:
+    """A path that comes back to where it started, its first name repeated at the end; empty when there is none."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        backwards: list[str] = error.args[1]  # from what is needed to what needs it
+        return backwards[::-1]
+    return []
+
+
+def gives_adapter(recipe: Recipe, reference: str | None) -> bool | None:
+    """Whether what a `from:` names is an adapter; None: it is not of this recipe, so only the registry knows."""
+    for stage in _chain(recipe, reference):
+        if isinstance(stage, MergeSettings):
+            return False
+        if isinstance(stage, TrainingSettings) and stage.adapter:
+            return True
+        if stage.from_ is None:
+            return False
+    return None
+
+
+def trains_adapter(recipe: Recipe, name: str) -> bool | None:
+    """Whether a stage trains an adapter, its own or the one it starts from; None: only the registry knows."""
+    stage = recipe.stages[name]
+    if isinstance(stage, TrainingSettings) and stage.adapter:
+        return True
+    return False if stage.from_ is None else gives_adapter(recipe, stage.from_)
+
+
+def _ordered(graph: Graph) -> list[str]:
+    """Names after what they need; among those that are ready the first of the mapping comes first."""
+    positions = {name: position for position, name in enumerate(graph)}
+    names = list(graph)
+    sorter = TopologicalSorter(graph)
+    sorter.prepare()
+    ready: list[int] = []
+    order: list[str] = []
+    while sorter.is_active():
+        for name in sorter.get_ready():
+            heapq.heappush(ready, positions[name])
+        order.append(names[heapq.heappop(ready)])
+        sorter.done(order[-1])
+    return order
+
+
+def _chain(recipe: Recipe, reference: str | None) -> Iterator[Stage]:
+    """The stage that `reference` names and those that it comes from, as far as they are of this recipe; no cycles."""
+    while reference is not None and reference in recipe.stages:
+        stage = recipe.stages[reference]
+        yield stage
+        reference = stage.from_
+
+
+def _unknown_data(recipe: Recipe) -> Iterator[Problem]:
+    for name, stage in recipe.stages.items():
+        if isinstance(stage, TrainingSettings):
+            yield from _unknown_name(recipe, ("stages", name, "data"), stage.data)
+    for name, settings in recipe.data.items():
+        for index, part in enumerate(settings.mix):
+            yield from _unknown_name(recipe, ("data", name, "mix", index, "data"), part.data)
+        for index, other in enumerate(settings.decontaminate):
+            path = ("data", name, "decontaminate", index)
+            if other == name:
+                yield Problem(path, f"data set '{name}' would be cleaned of its own rows.")
+            elif not any(mark in other for mark in "./\\"):  # with one of these it is a file
+                yield from _unknown_name(recipe, path, other)
+    if recipe.evaluation.prompts is not None:
+        yield from _unknown_name(recipe, ("evaluation", "prompts"), recipe.evaluation.prompts)
+
+
+def _unknown_name(recipe: Recipe, path: tuple[str | int, ...], data: str) -> Iterator[Problem]:
+    if data not in recipe.data:
+        known = did_you_mean(data, recipe.data) if recipe.data else "Define it under `data:`."
+        yield Problem(path, f"no data set {shown(data)} in this recipe. {known}")
+
+
+def _mix_cycle(recipe: Recipe) -> Iterator[Problem]:
+    graph = {
+        name: [part.data for part in settings.mix if part.data in recipe.data] for name, settings in recipe.data.items()
+    }
+    cycle = find_cycle(graph)
+    if cycle:
+        yield Problem(("data", cycle[0], "mix"), f"a cycle in `mix:`: {' -> '.join(cycle)}.")
+
+
+def _wrong_start(recipe: Recipe, name: str, stage: Stage) -> Iterator[Problem]:
+    upstream = next((above for above in _chain(recipe, stage.from_) if isinstance(above, RewardSettings)), None)
+    place = ("stages", name, "from")
+    if upstream and isinstance(stage, TrainingSettings) and not isinstance(stage, RewardSettings):
+        hint = (
+            f"Start from '{upstream.from_}', as it does."
+            if upstream.from_
+            else "Leave `from` out to start from the model."
+        )
+        message = (
+            f"stage '{name}' cannot start from '{stage.from_}': a reward model scores text, it does not write any."
+        )
+        yield Problem(place, message, hint)
+    if isinstance(stage, MergeSettings) and stage.from_ is None:
+        yield Problem(
+            place[:2], f"stage '{name}' has nothing to merge: it needs `from:`, a stage with an adapter.", at_key=True
+        )
+    elif isinstance(stage, MergeSettings) and gives_adapter(recipe, stage.from_) is False:
+        yield Problem(
+            place, f"stage '{name}' has nothing to merge: '{stage.from_}' gives a whole model, not an adapter."
+        )
+
+
+def _wrong_adapter(recipe: Recipe, name: str, stage: TrainingSettings) -> Iterator[Problem]:
+    place = ("stages", name)
+    if stage.adapter and gives_adapter(recipe, stage.from_):
+        yield Problem(
+            (*place, "adapter"),
+            f"stage '{name}' starts from an adapter ('{stage.from_}'), and training goes on with the adapter it starts from.",
+            "Leave the block out, or put a merge stage between the two.",
+            at_key=True,
+        )
+    if stage.quantize and not stage.adapter and gives_adapter(recipe, stage.from_) is False and stage.from_:
+        yield Problem(
+            (*place, "quantize"),
+            f"stage '{name}' quantizes the model of '{stage.from_}', which freezes it, so it needs an 'adapter'.",
+            "Add for example `adapter: {rank: 16}`.",
+        )
+    if stage.adapter and stage.adapter.init == "pissa" and stage.quantize:
+        yield Problem(
+            (*place, "adapter", "init"),
+            "pissa starts from the singular values of unquantized weights, so it cannot go with 'quantize'.",
+            "Leave out `init` or `quantize`.",
+        )

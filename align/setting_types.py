@@ -1,0 +1,169 @@
+"""What each setting of a recipe takes, in words, read from the pydantic models of `recipe.py`.
+
+Error messages, the settings reference and the starter recipe all say it the same way, because they all ask here.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from align.recipe import DataSettings, DpoLoss, Recipe, Stage
+
+NAME_RULE = "letters, digits, - and _ only, a letter or digit first, at most 64"
+
+Annotation = Any  # a type as it stands in an annotation; typing has no name for that
+
+
+def _members(annotation: Annotation) -> list[Annotation]:
+    return [member for member, _ in _constrained(annotation, ())]
+
+
+def _constrained(annotation: Annotation, constraints: tuple[Any, ...]) -> Iterator[tuple[Annotation, tuple[Any, ...]]]:
+    """Each alternative of a type with the limits on it; Annotated and unions are taken apart."""
+    origin = _origin(annotation)
+    if origin is Annotated:
+        inner, *metadata = get_args(annotation)
+        limits = tuple(limit for entry in metadata for limit in getattr(entry, "metadata", [entry]))
+        yield from _constrained(inner, constraints + limits)
+    elif origin in (Union, types.UnionType):
+        for member in get_args(annotation):
+            yield from _constrained(member, constraints)
+    else:
+        yield annotation, constraints
+
+
+def _is_model(annotation: Annotation) -> TypeGuard[type[BaseModel]]:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _origin(annotation: Annotation) -> Annotation:
+    return get_origin(annotation)
+
+
+def union_models(union: Annotation) -> dict[str, type[BaseModel]]:
+    """Members of a tagged union by their `kind`, in the order they are written."""
+    return {kind_of(model): model for model in _members(union) if _is_model(model)}
+
+
+def kind_of(model: type[BaseModel]) -> str:
+    """The `kind` that chooses this model."""
+    return str(get_args(model.model_fields["kind"].annotation)[0])
+
+
+STAGE_MODELS = union_models(Stage)
+LOSS_MODELS = union_models(DpoLoss)
+
+
+def keys_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """Fields by the key that a recipe writes (`from`, not `from_`)."""
+    return {field.alias or name: field for name, field in model.model_fields.items()}
+
+
+def model_for(annotation: Annotation, kind: object = None) -> type[BaseModel] | None:
+    """The model that a mapping of this type is read into; `kind` chooses in a tagged union. None: no such model."""
+    models = [member for member in _members(annotation) if _is_model(member)]
+    if len(models) == 1:
+        return models[0]
+    return next((model for model in models if kind_of(model) == kind), None)
+
+
+def short_key(model: type[BaseModel]) -> str | None:
+    """The key that a bare string stands for where a mapping of this model is expected."""
+    return "path" if model is DataSettings else "kind" if model in LOSS_MODELS.values() else None
+
+
+def item_type(annotation: Annotation) -> Annotation:
+    """Type of the items of a list or of the values of a mapping; None for everything else."""
+    for member in _members(annotation):
+        if _origin(member) in (list, dict):
+            return get_args(member)[-1]
+    return None
+
+
+def choices(annotation: Annotation) -> list[str]:
+    """The words that may stand here: a Literal's, or the kinds of a tagged union; empty when any value may."""
+    found: list[str] = []
+    for member in _members(annotation):
+        if _origin(member) is Literal:
+            found += [str(word) for word in get_args(member)]
+        elif _is_model(member) and "kind" in member.model_fields and len(_members(annotation)) > 2:
+            found.append(kind_of(member))
+    return found
+
+
+def in_words(annotation: Annotation, constraints: tuple[Any, ...] = ()) -> str:
+    """'a number above 0', 'one of drop, cut, error', 'a list of text': what may stand here; null is not mentioned."""
+    members = [(member, limits) for member, limits in _constrained(annotation, constraints) if member is not type(None)]
+    models = [member for member, _ in members if _is_model(member)]
+    short = short_key(models[0]) if models else None
+    short_form = [] if not short else [_plain_form(models, short)]
+    return " or ".join([*short_form, *dict.fromkeys(_member_words(member, limits) for member, limits in members)])
+
+
+def allows_none(annotation: Annotation) -> bool:
+    """Whether null may stand here."""
+    return type(None) in _members(annotation)
+
+
+def places_of(key: str) -> list[str]:
+    """Where a key is known, for one that stands in the wrong place: ['stages of kind dpo', "'adapter'"]."""
+    kinds = [kind for kind, model in STAGE_MODELS.items() if key in keys_of(model)]
+    found = [] if not kinds else ["a stage" if kinds == list(STAGE_MODELS) else f"a stage of kind {' or '.join(kinds)}"]
+    for name, field in Recipe.model_fields.items():
+        inner = model_for(item_type(field.annotation) or field.annotation)
+        if inner and key in keys_of(inner):
+            found.append({"data": "a data set"}.get(name, f"'{name}'"))
+    adapter = model_for(STAGE_MODELS["sft"].model_fields["adapter"].annotation)
+    if adapter and key in keys_of(adapter):
+        found.append("'adapter'")
+    losses = [kind for kind, model in LOSS_MODELS.items() if key in keys_of(model)]
+    if losses and key != "kind":
+        found.append(f"'loss' of kind {' or '.join(losses)}")
+    return found + (["the top of the recipe"] if key in keys_of(Recipe) else [])
+
+
+def _member_words(member: Annotation, limits: tuple[Any, ...]) -> str:
+    origin = _origin(member)
+    if origin is Literal:
+        words = [str(word) for word in get_args(member)]
+        return words[0] if len(words) == 1 else "one of " + ", ".join(words)
+    if origin is list:
+        return "a list of " + _plural(in_words(get_args(member)[0]))
+    if origin is dict:
+        return "a mapping of names to " + _plural(in_words(get_args(member)[1]))
+    if _is_model(member):
+        return "a mapping of settings"
+    if member is str:
+        return f"a name ({NAME_RULE})" if any(getattr(limit, "pattern", None) for limit in limits) else "text"
+    if member is bool:
+        return "true or false"
+    return {int: "a whole number", float: "a number"}[member] + _range(limits)
+
+
+def _plain_form(models: list[type[BaseModel]], key: str) -> str:
+    return "one of " + ", ".join(map(kind_of, models)) if key == "kind" else f"a {key}"
+
+
+def _plural(words: str) -> str:
+    return words.replace("a mapping", "mappings").replace("a path", "paths").replace("a name", "names")
+
+
+def _range(limits: tuple[Any, ...]) -> str:
+    bounds: list[str] = []
+    for limit in limits:
+        match limit:
+            case Ge(ge):
+                bounds.append(f"at least {ge}")
+            case Gt(gt):
+                bounds.append(f"above {gt}")
+            case Le(le):
+                bounds.append(f"at most {le}")
+            case Lt(lt):
+                bounds.append(f"below {lt}")
+    return f", {' and '.join(bounds)}" if bounds else ""
