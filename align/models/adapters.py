@@ -1,0 +1,237 @@
+"""LoRA adapters on a frozen base: made, opened, checked, saved, merged. The only importer of peft.
+
+An adapter folder is plain PEFT. Beside its files stands a record of the base that it was trained on, because peft itself
+would put it on any base of the same shape, quantized or not.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils import load_peft_weights
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from align.errors import AlignError, did_you_mean
+from align.models.source import ADAPTER_RECORD, Quantize, Source, weights_sha256
+from align.recipe import AdapterSettings
+
+NAME = "default"  # peft's own name for the one adapter of a model
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """What an adapter's folder must remember of its base. pissa_start: the tensors that PiSSA took out of the base."""
+
+    base: str
+    revision: str | None
+    base_sha256: str
+    quantize: Quantize | None
+    dtype: str
+    pissa_start: dict[str, Tensor] = field(default_factory=dict)
+
+
+def record_of(base: Source, quantize: Quantize | None, dtype: torch.dtype) -> AdapterRecord:
+    """The record of an adapter on a located base."""
+    return AdapterRecord(
+        base.hub_id or base.path,
+        base.revision if base.hub_id else None,
+        weights_sha256(base),
+        quantize,
+        str(dtype).removeprefix("torch."),
+    )
+
+
+def add_adapter(model: Any, settings: AdapterSettings, record: AdapterRecord, *, added: list[int], seed: int) -> Any:
+    """Puts a new adapter on a frozen model; the rows of the `added` token ids train with it, in and out.
+
+    Raises AlignError for targets that the model does not have, and for what cannot be combined.
+    """
+    _refuse_contradictions(settings, record)
+    config = LoraConfig(
+        task_type="SEQ_CLS" if is_classifier(model) else "CAUSAL_LM",
+        r=settings.rank,
+        lora_alpha=settings.alpha if settings.alpha is not None else 2 * settings.rank,
+        lora_dropout=settings.dropout,
+        target_modules=_targets(model, settings.target),
+        use_rslora=settings.rslora,
+        use_dora=settings.dora,
+        init_lora_weights=True if settings.init == "default" else settings.init,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+        **_trained_whole(model, added),
+    )
+    with torch.random.fork_rng(), _without_warnings():
+        torch.manual_seed(seed)
+        adapted = get_peft_model(model, config)
+    if settings.init == "pissa":
+        record.pissa_start.update({name: tensor.clone() for name, tensor in _lora_tensors(adapted).items()})
+    adapted.adapter_record = record
+    return adapted
+
+
+def open_adapter(model: Any, source: Source, record: AdapterRecord, *, trainable: bool) -> Any:
+    """Puts a saved adapter on its base.
+
+    Raises AlignError when the base is another than the recorded one, or when keys of the adapter fit nothing in it.
+    """
+    if source.base_sha256 is not None and source.base_sha256 != record.base_sha256:
+        raise AlignError(
+            f"{source.path}: this adapter was trained on other weights than {record.base} holds now "
+            f"(sha256 {source.base_sha256[:12]}, found {record.base_sha256[:12]})",
+            "Restore the base that it was trained on.",
+        )
+    try:
+        with _without_warnings():
+            adapted = PeftModel.from_pretrained(model, source.path, is_trainable=trainable)
+    except (RuntimeError, ValueError) as error:
+        raise AlignError(
+            f"{source.path}: this adapter does not fit its base {record.base} ({str(error).splitlines()[0]})",
+            "Its base must be the model that it was trained on.",
+        ) from error
+    _require_all_keys(adapted, source.path)
+    adapted.adapter_record = record
+    return adapted
+
+
+def saved_vocabulary(source: Source) -> int:
+    """Rows that the embeddings of an adapter's base need for the tokens that the adapter trained; 0 when it trained none."""
+    config = LoraConfig.from_pretrained(source.path)
+    indices = config.trainable_token_indices or {}
+    lists = indices.values() if isinstance(indices, dict) else [indices]
+    return max((max(ids) + 1 for ids in lists if ids), default=0)
+
+
+def save_adapter(model: Any, folder: Path) -> None:
+    """Writes a PEFT folder that fits the original base (PiSSA included) and the record of that base beside it."""
+    record: AdapterRecord = model.adapter_record
+    config = copy.deepcopy(model.peft_config[NAME])
+    tensors = get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False)
+    if record.pissa_start:
+        tensors = _as_plain_lora(tensors, record.pissa_start)
+        config.r, config.lora_alpha = 2 * config.r, config.lora_alpha * (2**0.5 if config.use_rslora else 2)
+    config.inference_mode, config.init_lora_weights = True, True
+    config.base_model_name_or_path, config.revision = record.base, record.revision
+    config.target_modules = sorted(config.target_modules)  # peft keeps a set: its order would change the folder's hash
+    config.modules_to_save = sorted(config.modules_to_save or []) or None
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(folder))
+    weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    text = {"base_sha256": record.base_sha256, "quantize": record.quantize, "dtype": record.dtype}
+    (folder / ADAPTER_RECORD).write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether an adapter sits on the model."""
+    return isinstance(model, PeftModel)
+
+
+def is_classifier(model: nn.Module) -> bool:
+    """Whether it is one of transformers' sequence classifiers."""
+    return type(model).__name__.endswith("ForSequenceClassification")
+
+
+def merged(adapted: Any) -> Any:
+    """The base with the adapter added into its weights. Raises AlignError when that gives numbers that are not finite."""
+    try:
+        with _without_warnings():
+            return adapted.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise AlignError(f"this adapter cannot be merged: {error}", "Train it again from its last good state.") from error
+
+
+def _refuse_contradictions(settings: AdapterSettings, record: AdapterRecord) -> None:
+    if settings.init == "pissa" and (record.quantize or settings.dora):
+        other = f"quantize: {record.quantize}" if record.quantize else "dora: true"
+        raise AlignError(
+            f"adapter.init: pissa cannot be combined with {other}: it changes the frozen weights that the other rests on",
+            "Use init: default.",
+        )
+
+
+def _targets(model: Any, target: str | list[str]) -> str | list[str]:
+    """Module name endings that peft shall look for. Heads never match: losses may read their weights directly."""
+    if target == "all-linear":
+        return target
+    heads = {id(model.get_output_embeddings()), id(getattr(model, "score", None))}
+    linear = [
+        name for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and id(module) not in heads
+    ]  # fmt: skip
+    endings = [target] if isinstance(target, str) else target
+    for ending in endings:
+        if not any(name == ending or name.endswith(f".{ending}") for name in linear):
+            known = {name.rsplit(".", 1)[-1] for name in linear}
+            raise AlignError(
+                f"adapter.target: no linear module of this model ends with '{ending}'", did_you_mean(ending, known)
+            )
+    return endings
+
+
+def _trained_whole(model: Any, added: list[int]) -> dict[str, Any]:
+    """Settings of what trains besides the low-rank update: a reward model's head, and the rows of added tokens."""
+    whole: dict[str, Any] = {"modules_to_save": ["score"] if is_classifier(model) else None}
+    if not added:
+        return whole
+    names = {id(module): name for name, module in model.named_modules()}
+    embeddings = [names[id(model.get_input_embeddings())]]
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is not model.get_input_embeddings().weight:
+        embeddings.append(names[id(head)])
+    if getattr(head, "bias", None) is not None:  # peft's row-wise training of a head leaves its bias out
+        return {"modules_to_save": [*(whole["modules_to_save"] or []), *embeddings]}
+    return {**whole, "trainable_token_indices": {name: added for name in embeddings}}
+
+
+def _require_all_keys(adapted: Any, path: str) -> None:
+    """peft only warns when keys of a file fit nothing, and leaves those parts of the adapter as they were born."""
+    expected = set(get_peft_model_state_dict(adapted, adapter_name=NAME, save_embedding_layers=False))
+    saved = set(load_peft_weights(path, device="cpu"))
+    foreign = saved - expected - set(adapted.state_dict())
+    if foreign or expected - saved:
+        example = sorted(foreign or expected - saved)[0]
+        raise AlignError(
+            f"{path}: {len(foreign)} of its {len(saved)} weights fit nothing in the base, and {len(expected - saved)} "
+            f"are missing (such as {example})",
+            "The adapter belongs to another model, or its file was changed.",
+        )
+
+
+def _lora_tensors(adapted: Any) -> dict[str, Tensor]:
+    tensors = get_peft_model_state_dict(adapted, adapter_name=NAME, save_embedding_layers=False)
+    return {name: tensor.detach() for name, tensor in tensors.items() if ".lora_" in name}
+
+
+def _as_plain_lora(tensors: dict[str, Tensor], start: dict[str, Tensor]) -> dict[str, Tensor]:
+    """PiSSA's B A on the base less B0 A0 is, on the whole base, the update [B, -B0] [A; A0] of twice the rank."""
+    plain = dict(tensors)
+    for name, first in start.items():
+        now = tensors[name]
+        is_out = ".lora_B." in name
+        plain[name] = torch.cat([now, -first] if is_out else [now, first], dim=1 if is_out else 0)
+    return plain
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """For calls whose warnings are errors of ours already, or of no concern to the user."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def train_in_float32(parameters: Iterable[nn.Parameter]) -> None:
+    """Keeps what trains in float32: a bfloat16 weight loses updates below half its last digit."""
+    for parameter in parameters:
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()

@@ -1,0 +1,133 @@
+"""Weights from a folder, exactly as they are there: no part made up, no file executed, no network asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from align.errors import AlignError
+from align.models.hardware import device
+from align.models.quantized import mend_for_cpu, quantization_config
+from align.models.source import Quantize, Source
+
+CLASSES = {"model": AutoModelForCausalLM, "reward": AutoModelForSequenceClassification}
+NEW_HEAD = "score."  # the only weights that a checkpoint may lack: those of a head that is still to be trained
+
+
+def open_config(source: Source) -> Any:
+    """The transformers config of a located source (of the base, for an adapter)."""
+    root = source.root
+    with _errors_of(root.path), quiet():
+        return AutoConfig.from_pretrained(
+            root.path, trust_remote_code=root.trust_remote_code, local_files_only=True
+        )  # fmt: skip
+
+
+def open_tokenizer(source: Source) -> Any:
+    """The tokenizer in the folder of a located source."""
+    with _errors_of(source.path), quiet():
+        return AutoTokenizer.from_pretrained(
+            source.path, trust_remote_code=source.trust_remote_code, local_files_only=True
+        )  # fmt: skip
+
+
+def open_weights(root: Source, *, reward: bool, dtype: torch.dtype, quantize: Quantize | None = None) -> Any:
+    """A model in eval mode on this process's device; as a classifier with one label where `reward`.
+
+    Raises AlignError when weights are missing, damaged or of another shape; a causal model opened as a classifier lacks
+    its head by right, and gets one from the caller.
+    """
+    options: dict[str, Any] = {"num_labels": 1} if reward else {}
+    if quantize:
+        options |= {"quantization_config": quantization_config(quantize, dtype), "device_map": {"": device()}}
+    with _errors_of(root.path), quiet():
+        model, report = CLASSES["reward" if reward else "model"].from_pretrained(
+            root.path, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True,
+            trust_remote_code=root.trust_remote_code, **options,
+        )  # fmt: skip
+    allowed = NEW_HEAD if reward and root.kind == "model" else "\0"
+    missing = sorted(key for key in report["missing_keys"] if not key.startswith(allowed))
+    if missing:
+        raise AlignError(
+            f"{root.path}: {len(missing)} weights of the architecture are not in the files (such as {missing[0]})",
+            "The folder is incomplete or its config.json belongs to another model.",
+        )
+    if quantize:
+        mend_for_cpu(model)
+        return model.eval()
+    return model.to(device()).eval()
+
+
+def fresh_weights(config: Any, *, vocabulary: int, seed: int) -> Any:
+    """A model of the config's shape with random weights by the seed, with room for `vocabulary` tokens."""
+    config.vocab_size = max(config.vocab_size, vocabulary)
+    with torch.random.fork_rng(), quiet():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model.to(device())
+
+
+def grow_vocabulary(model: Any, rows: int) -> None:
+    """Makes room for `rows` tokens; new rows start as the mean of the old ones. Never shrinks."""
+    old = model.get_input_embeddings().weight.shape[0]
+    if rows <= old:
+        return
+    with quiet():
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
+    with torch.no_grad():
+        for tensor in _tensors_by_token(embeddings):
+            tensor[old:] = tensor[:old].float().mean(dim=0).to(tensor.dtype)
+
+
+def silence_dropout(model: nn.Module) -> None:
+    """Turns every dropout of the modules off. The config keeps its values, for they belong to the checkpoint."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars and its table of weights that were new: both are checked here."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _tensors_by_token(embeddings: list[Any]) -> Iterator[Tensor]:
+    """Weights, and biases where there are any, that have a row for each token; tied ones once."""
+    seen: set[int] = set()
+    for module in embeddings:
+        for tensor in (getattr(module, "weight", None), getattr(module, "bias", None)):
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield tensor
+
+
+@contextmanager
+def _errors_of(path: str) -> Iterator[None]:
+    """What libraries raise for a bad folder, as our error. Running out of memory is no fault of the folder."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise AlignError(f"{path}: cannot be opened: {first}", "Check the folder's files, or copy it again.") from error
