@@ -1,0 +1,240 @@
+"""Examples -> token ids and the mask of trained tokens: the one `encode` of training, scoring, PPO prompts and chat.
+
+A row is the prompt that `Encoder.prompt` gives to generation, followed by what the model has to write; it ends with the
+last stop token. The length policy and its count stand here; text is made by rendering.py, ids by tokens.py, and the
+template of a tokenizer is chosen by templates.py (its functions are offered here too).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from align.data.examples import Conversation, Document, Messages, Preference, Rated
+from align.errors import AlignError
+from align.rendering import Rendered, Renderer, Tools
+from align.templates import check_template, prepare_tokenizer, stop_token_ids, template_sha256
+from align.tokens import PieceTokenizer
+
+__all__ = [
+    "Encoded",
+    "EncodedPair",
+    "Encoder",
+    "LengthReport",
+    "check_template",
+    "prepare_tokenizer",
+    "stop_token_ids",
+    "template_sha256",
+]
+
+_TRAINING_TEMPLATE = "Set `template:` to a version of the template for training, where the prompt begins the row."
+TooLong = Literal["drop", "cut", "error"]
+TrainOn = Literal["assistant", "last", "all"]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Token ids of one row. trained[i]: token i is a label (for token 0, which nothing predicts, it has no effect)."""
+
+    ids: list[int]
+    trained: list[bool]
+
+    @property
+    def labels(self) -> int:
+        """Number of tokens that the loss counts."""
+        return sum(self.trained[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPair:
+    """Two rows with the same first `prompt_length` tokens. margin and probability are the preference's."""
+
+    chosen: Encoded
+    rejected: Encoded
+    prompt_length: int
+    margin: float | None
+    probability: float | None
+
+
+@dataclass
+class LengthReport:
+    """What the length policy did. A pair counts as one row in `rows` and the drops, and as two in the lengths.
+
+    dropped: rows left out for their length; cut: rows whose end was cut; cut_without_stop: those of them that lost
+    their stop token; cut_prompts: rows whose prompt was cut from the left; without_answer: rows left out because the
+    cut left nothing to train; equal_pairs: pairs left out because both answers became the same; untrainable_turns:
+    assistant turns that the template shows otherwise than it asked for them, and that are not trained.
+    """
+
+    rows: int = 0
+    dropped: int = 0
+    cut: int = 0
+    cut_without_stop: int = 0
+    cut_prompts: int = 0
+    without_answer: int = 0
+    equal_pairs: int = 0
+    untrainable_turns: int = 0
+    trained_tokens: int = 0
+    lengths: list[int] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, int]:
+        """The counts, and longest, median and 95th percentile of the rows that were kept, in tokens."""
+        counts = {name: value for name, value in vars(self).items() if isinstance(value, int)}
+        ordered = sorted(self.lengths) or [0]
+        return counts | {
+            "tokens": sum(self.lengths),
+            "longest": ordered[-1],
+            "p50": ordered[(len(ordered) - 1) // 2],
+            "p95": ordered[(len(ordered) - 1) * 95 // 100],
+        }
+
+
+class Encoder:
+    """Encodes the rows of one data set under one length policy; `lengths` counts what became of them."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int,
+        too_long: TooLong = "drop",
+        cut_prompt: bool = False,
+        train_on: TrainOn = "assistant",
+    ) -> None:
+        """max_length: longest row in tokens. too_long: what happens to longer ones. cut_prompt: cut prompts first."""
+        if max_length < 2:
+            raise AlignError(f"max_length is {max_length}, and a row needs 2 tokens to train one", "Raise max_length.")
+        self._tokenizer = tokenizer
+        self._pieces = PieceTokenizer(tokenizer)
+        self.max_length = max_length
+        self._too_long = too_long
+        self._cut_prompt = cut_prompt
+        self._train_on = train_on
+        self.lengths = LengthReport()
+
+    @cached_property
+    def _renderer(self) -> Renderer:
+        return Renderer(self._tokenizer)
+
+    def conversation(self, conversation: Conversation) -> Encoded | None:
+        """A row whose assistant turns are trained as `train_on` says; None: left out by the length policy."""
+        self.lengths.rows += 1
+        rendered = self._renderer.conversation(conversation.messages, conversation.tools)
+        self.lengths.untrainable_turns += rendered.untrainable
+        row = self._encode(rendered, rendered.turns[-1].message if self._train_on == "last" else 0)
+        rows = self._fit([row], row.trained.index(True), every=self._train_on == "all")
+        return rows[0] if rows else None
+
+    def documents(self, document: Document) -> list[Encoded]:
+        """BOS, the text and EOS, every token trained; in chunks of `max_length` where that is exceeded.
+
+        A chunk begins with the last token of the one before as context, so that each token is a label exactly once.
+        """
+        self.lengths.rows += 1
+        bos, eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
+        ids = [token for token in (bos, *self._pieces.literal(document.text), eos) if token is not None]
+        starts = range(0, max(len(ids) - 1, 1), self.max_length - 1)
+        chunks = [ids[start : start + self.max_length] for start in starts]
+        return self._kept([Encoded(chunk, [True] * len(chunk)) for chunk in chunks])
+
+    def preference(self, preference: Preference) -> EncodedPair | None:
+        """Both answers behind one prompt; None: left out by the length policy, or nothing tells the answers apart."""
+        self.lengths.rows += 1
+        chosen = self.reply(preference.prompt, preference.chosen)
+        rejected = self.reply(preference.prompt, preference.rejected)
+        prompt = chosen.trained.index(True)
+        if rejected.trained.index(True) != prompt or rejected.ids[:prompt] != chosen.ids[:prompt]:
+            raise AlignError(
+                "the chat template shows the prompt differently before the two answers", _TRAINING_TEMPLATE
+            )
+        rows = self._fit([chosen, rejected], prompt)
+        if rows is None:
+            return None
+        return EncodedPair(rows[0], rows[1], rows[0].trained.index(True), preference.margin, preference.probability)
+
+    def rated(self, rated: Rated) -> Encoded | None:
+        """The completion behind its prompt; None: left out by the length policy."""
+        self.lengths.rows += 1
+        row = self.reply(rated.prompt, rated.completion)
+        rows = self._fit([row], row.trained.index(True))
+        return rows[0] if rows else None
+
+    def prompt(self, messages: Messages, tools: Tools = ()) -> list[int]:
+        """What generation is given to write the next assistant turn; rows begin with exactly these ids. Never cut."""
+        return self._encode(self._renderer.prompt(messages, tools), first=0).ids
+
+    def reply(self, prompt: Messages, reply: Messages, tools: Tools = ()) -> Encoded:
+        """The prompt's ids and the reply's, of which the assistant's turns are trained. Never cut, never counted."""
+        rendered = self._renderer.conversation((*prompt, *reply), tools)
+        row = self._encode(rendered, first=len(prompt))
+        if True not in row.trained:
+            raise AlignError("a reply needs an assistant turn", "Mend or drop the row.")
+        return row
+
+    def _encode(self, rendered: Rendered, first: int) -> Encoded:
+        """Ids of the text, with the assistant turns from message `first` on trained."""
+        pieces: list[str] = []
+        trained: list[bool] = []
+        place = 0
+        for turn in rendered.turns:
+            pieces += [rendered.text[place : turn.start], rendered.text[turn.start : turn.end]]
+            trained += [False, turn.message >= first]
+            place = turn.end
+        tokens = self._pieces.ids([*pieces, rendered.text[place:]])
+        mask = [flag for flag, ids in zip([*trained, False], tokens, strict=True) for _ in ids]
+        return Encoded([token for ids in tokens for token in ids], mask)
+
+    def _fit(self, rows: list[Encoded], prompt: int, *, every: bool = False) -> list[Encoded] | None:
+        """One row, or the two of a pair, within `max_length`; None: left out, and counted as what.
+
+        prompt: number of tokens before the first trained one. every: train all tokens of what is kept.
+        """
+        count = self.lengths
+        excess = max(len(row.ids) for row in rows) - self.max_length
+        if excess > 0 and self._cut_prompt:
+            rows, excess = self._without_prompt(rows, prompt, excess)
+        if excess > 0:
+            if self._too_long == "error":
+                raise self._too_long_error(excess)
+            if self._too_long == "drop":
+                count.dropped += 1
+                return None
+            count.cut += 1
+            count.cut_without_stop += any(map(self._loses_stop, rows))
+            rows = [Encoded(row.ids[: self.max_length], row.trained[: self.max_length]) for row in rows]
+        if not all(row.labels for row in rows):
+            count.without_answer += 1
+            return None
+        if len(rows) == 2 and rows[0].ids == rows[1].ids:
+            count.equal_pairs += 1
+            return None
+        return self._kept([Encoded(row.ids, [True] * len(row.ids)) for row in rows] if every else rows)
+
+    def _without_prompt(self, rows: list[Encoded], prompt: int, excess: int) -> tuple[list[Encoded], int]:
+        """The rows with up to `excess` tokens less at the left of their prompt (BOS stays), and the excess that is left."""
+        start = int(rows[0].ids[0] == self._tokenizer.bos_token_id)
+        cut = max(min(excess, prompt - start - 1), 0)
+        self.lengths.cut_prompts += cut > 0
+        shorter = [
+            Encoded(row.ids[:start] + row.ids[start + cut :], row.trained[:start] + row.trained[start + cut :])
+            for row in rows
+        ]
+        return shorter, excess - cut
+
+    def _loses_stop(self, row: Encoded) -> bool:
+        """Whether a cut at `max_length` falls inside a trained turn."""
+        return len(row.ids) > self.max_length and row.trained[self.max_length - 1] and row.trained[self.max_length]
+
+    def _kept(self, rows: list[Encoded]) -> list[Encoded]:
+        self.lengths.lengths += [len(row.ids) for row in rows]
+        self.lengths.trained_tokens += sum(row.labels for row in rows)
+        return rows
+
+    def _too_long_error(self, excess: int) -> AlignError:
+        return AlignError(
+            f"row {self.lengths.rows} has {self.max_length + excess} tokens, and max_length is {self.max_length}",
+            "Raise max_length, shorten the row, or set `too_long: drop` or `cut`.",
+        )
