@@ -1,0 +1,176 @@
+"""What can go, and why: checkpoints and data sets that nothing needs any more, and what crashes left behind.
+
+Kept: the newest of every name, everything tagged, the inputs of runs that run or can be resumed, and whatever any of
+these was made from.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from align.registry import queries
+from align.registry.artifacts import discard, folder_size
+from align.registry.database import Database
+from align.registry.lineage import ids_in
+from align.registry.locks import is_held
+from align.registry.records import CheckpointRecord, DataRecord, RunRecord
+from align.registry.recovery import recover
+from align.registry.registration import FOLDERS, PENDING, clear_work, home_lock
+
+AnyRecord = TypeVar("AnyRecord", CheckpointRecord, DataRecord)
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """One thing that goes. numbers: its rows, none for a mere folder; size in bytes."""
+
+    what: Literal["checkpoint", "data", "leftover", "state"]
+    id: str
+    name: str
+    path: Path
+    size: int
+    why: str
+    numbers: tuple[int, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {
+            "what": self.what, "id": self.id, "name": self.name, "path": str(self.path), "bytes": self.size,
+            "why": self.why,
+        }  # fmt: skip
+
+
+def collect(database: Database, home: Path, *, dry_run: bool) -> list[Removal]:
+    """Removes what nothing needs and returns it; with `dry_run`, only returns it."""
+    if dry_run:
+        return _removals(database, home)
+    recover(database, home)
+    with home_lock(home):
+        removals = _removals(database, home)
+        delete_rows(database, [r.numbers for r in removals if r.what == "checkpoint"], "checkpoints")
+        delete_rows(database, [r.numbers for r in removals if r.what == "data"], "datasets")
+        for removal in removals:
+            if removal.what == "state":
+                clear_work(removal.path)
+            else:
+                discard(removal.path)
+    return removals
+
+
+def delete_rows(database: Database, groups: Iterable[Sequence[int]], table_name: str) -> None:
+    """Deletes rows by number, then the artifacts that no row points to any more. The folders are the caller's affair."""
+    from sqlalchemy import delete, select
+
+    from align.registry import schema
+
+    numbers = [number for group in groups for number in group]
+    if not numbers:
+        return
+    table = schema.metadata.tables[table_name]
+    used = select(schema.checkpoints.c.artifact).union_all(select(schema.datasets.c.artifact))
+    with database.write() as connection:
+        for number in numbers:
+            connection.execute(delete(table).where(table.c.number == number))
+        connection.execute(delete(schema.artifacts).where(schema.artifacts.c.id.not_in(used)))
+
+
+def pinning_runs(database: Database, home: Path) -> list[RunRecord]:
+    """Runs whose inputs must stay: those that run, and those unfinished ones that are the last word on their key."""
+    last = database.read("SELECT id FROM runs r WHERE number = (SELECT max(number) FROM runs o WHERE o.key = r.key)")
+    newest = {row["id"] for row in last}
+    return [
+        run
+        for run in queries.runs(database, home, "r.status <> 'finished'")
+        if run.status == "running" or (run.id in newest and run.work.is_dir())
+    ]
+
+
+def _removals(database: Database, home: Path) -> list[Removal]:
+    checkpoints = queries.checkpoints(database, home)
+    data = queries.datasets(database, home)
+    pins = pinning_runs(database, home)
+    inputs = {found for run in pins for found in ids_in(run.inputs_json)}
+    makers = {row["id"]: ids_in(row["inputs"]) for row in database.read("SELECT id, inputs FROM runs")}
+    roots = inputs | {r.id for r in checkpoints if r.tags} | _newest(checkpoints) | _newest(data)
+    kept = _reachable(roots, _origins(checkpoints, data, makers))
+    return [
+        *_superseded(checkpoints, kept, "checkpoint"),
+        *_superseded(data, kept, "data"),
+        *_leftovers(database, home),
+        *_dead_state(database, home, {run.id for run in pins}),
+    ]
+
+
+def _newest(records: Sequence[CheckpointRecord] | Sequence[DataRecord]) -> set[str]:
+    newest: dict[str, str] = {}
+    for record in records:
+        newest.setdefault(record.name, record.id)
+    return set(newest.values())
+
+
+def _origins(
+    checkpoints: Sequence[CheckpointRecord], data: Sequence[DataRecord], makers: dict[str, set[str]]
+) -> dict[str, set[str]]:
+    """For each id, the ids it was made from; rows of equal content count together."""
+    origins: dict[str, set[str]] = {}
+    for record in checkpoints:
+        origins.setdefault(record.id, set()).update(record.parents, (use.id for use in record.data))
+    for dataset in data:
+        origins.setdefault(dataset.id, set()).update(makers.get(dataset.run or "", ()))
+    return origins
+
+
+def _reachable(roots: set[str], origins: dict[str, set[str]]) -> set[str]:
+    kept: set[str] = set()
+    waiting = list(roots)
+    while waiting:
+        if (node := waiting.pop()) not in kept:
+            kept.add(node)
+            waiting.extend(origins.get(node, ()))
+    return kept
+
+
+def _superseded(records: Sequence[AnyRecord], kept: set[str], what: Literal["checkpoint", "data"]) -> list[Removal]:
+    gone: dict[str, list[AnyRecord]] = {}
+    for record in records:
+        if record.id not in kept:
+            gone.setdefault(record.id, []).append(record)
+    why = "a newer one has its name, " + ("no tag points to it and " if what == "checkpoint" else "")
+    return [
+        Removal(
+            what, rows[0].id, rows[0].name, rows[0].path, rows[0].size, f"{why}nothing that is kept was made from it",
+            tuple(row.number for row in rows),
+        )
+        for rows in gone.values()
+    ]  # fmt: skip
+
+
+def _leftovers(database: Database, home: Path) -> list[Removal]:
+    pending = [
+        entry for path in home.glob(f"runs/*/{PENDING}") for entry in json.loads(path.read_text(encoding="utf-8"))
+    ]
+    known = queries.artifact_paths(database)
+    known |= {f"{FOLDERS[entry['table']]}/{entry['id'][:16]}" for entry in pending}
+    known |= {f"runs/{row['id']}" for row in database.read("SELECT id FROM runs")}
+    return [
+        Removal("leftover", folder.name, "", folder, folder_size(folder), "it was never registered: a crash left it")
+        for place in (*FOLDERS.values(), "runs")
+        for folder in sorted((home / place).glob("*"))
+        if f"{place}/{folder.name}" not in known and not is_held(folder / "lock")
+    ]
+
+
+def _dead_state(database: Database, home: Path, pinned: set[str]) -> list[Removal]:
+    return [
+        Removal("state", run.id, f"{run.recipe}/{run.stage}", run.work, size, _why_dead(run))
+        for run in queries.runs(database, home)
+        if run.id not in pinned and (size := folder_size(run.work / "state") + folder_size(run.work / "artifact"))
+    ]
+
+
+def _why_dead(run: RunRecord) -> str:
+    return "the run is finished" if run.status == "finished" else "a later run with the same settings took over"

@@ -1,0 +1,104 @@
+"""Rows of the registry as records. All reading of tables is here; it is plain SQL, so that no listing loads SQLAlchemy."""
+
+from __future__ import annotations
+
+import json
+import math
+import socket
+from pathlib import Path
+from typing import Any
+
+from align.registry.database import Database, Row
+from align.registry.hashing import Manifest
+from align.registry.locks import is_held
+from align.registry.records import CheckpointRecord, DataRecord, DataUse, MetricRow, RunRecord, Status
+
+CHECKPOINTS = """
+    SELECT c.*, a.path, a.size, r.recipe, r.stage, r.key, r.settings
+    FROM checkpoints c JOIN artifacts a ON a.id = c.artifact JOIN runs r ON r.id = c.run
+    WHERE {condition} ORDER BY c.number DESC
+"""
+DATA = """
+    SELECT d.*, a.path, a.size FROM datasets d JOIN artifacts a ON a.id = d.artifact
+    WHERE {condition} ORDER BY d.number DESC
+"""
+RUNS = "SELECT * FROM runs r WHERE {condition} ORDER BY r.number DESC"
+
+
+def checkpoints(database: Database, home: Path, condition: str = "1 = 1", **values: Any) -> list[CheckpointRecord]:
+    """Checkpoints for which the SQL condition holds, newest first. Tables: c, a (artifacts), r (runs)."""
+    rows = database.read(CHECKPOINTS.format(condition=condition), **values)
+    tags = tags_by_checkpoint(database) if rows else {}
+    return [_checkpoint(row, home, tuple(tags.get(row["number"], ()))) for row in rows]
+
+
+def datasets(database: Database, home: Path, condition: str = "1 = 1", **values: Any) -> list[DataRecord]:
+    """Data sets for which the SQL condition holds, newest first. Tables: d, a (artifacts)."""
+    return [_data(row, home) for row in database.read(DATA.format(condition=condition), **values)]
+
+
+def runs(database: Database, home: Path, condition: str = "1 = 1", **values: Any) -> list[RunRecord]:
+    """Runs for which the SQL condition holds, newest first, with the status that is true now. Table: r."""
+    return [_run(row, home) for row in database.read(RUNS.format(condition=condition), **values)]
+
+
+def metrics(database: Database, run_id: str) -> list[MetricRow]:
+    """Metrics of a run, by step and name."""
+    rows = database.read("SELECT step, name, value FROM metrics WHERE run = :run ORDER BY step, name", run=run_id)
+    return [MetricRow(row["step"], row["name"], math.nan if row["value"] is None else row["value"]) for row in rows]
+
+
+def tags_by_checkpoint(database: Database) -> dict[int, list[str]]:
+    """Tags of each checkpoint, by its number."""
+    found: dict[int, list[str]] = {}
+    for row in database.read("SELECT tag, checkpoint FROM tags ORDER BY tag"):
+        found.setdefault(row["checkpoint"], []).append(row["tag"])
+    return found
+
+
+def manifest(database: Database, artifact: str) -> Manifest:
+    """Files of an artifact, as they were registered."""
+    return Manifest.from_json(database.read("SELECT files FROM artifacts WHERE id = :id", id=artifact)[0]["files"])
+
+
+def artifact_paths(database: Database) -> set[str]:
+    """Folders of all artifacts, relative to home."""
+    return {row["path"] for row in database.read("SELECT path FROM artifacts")}
+
+
+def _checkpoint(row: Row, home: Path, tags: tuple[str, ...]) -> CheckpointRecord:
+    return CheckpointRecord(
+        number=row["number"], id=row["artifact"], name=row["name"], kind=row["kind"], path=home / row["path"],
+        size=row["size"], stage=row["stage"], run=row["run"], key=row["key"], parents=tuple(json.loads(row["parents"])),
+        data=tuple(DataUse(**use) for use in json.loads(row["data"])), recipe=json.loads(row["settings"]),
+        template_sha256=row["template_sha256"], tokenizer_sha256=row["tokenizer_sha256"],
+        metrics=json.loads(row["metrics"]), samples=tuple(json.loads(row["samples"])),
+        versions=json.loads(row["versions"]), tags=tags, created=row["created"],
+    )  # fmt: skip
+
+
+def _data(row: Row, home: Path) -> DataRecord:
+    return DataRecord(
+        number=row["number"], id=row["artifact"], name=row["name"], key=row["key"], path=home / row["path"],
+        size=row["size"], info=json.loads(row["info"]), run=row["run"], created=row["created"],
+    )  # fmt: skip
+
+
+def _run(row: Row, home: Path) -> RunRecord:
+    work = home / "runs" / row["id"]
+    return RunRecord(
+        number=row["number"], id=row["id"], recipe=row["recipe"], stage=row["stage"], kind=row["kind"], key=row["key"],
+        seed=row["seed"], status=_status(row, work / "lock"), message=row["message"], work=work, host=row["host"],
+        started=row["started"], ended=row["ended"], settings_json=row["settings"], inputs_json=row["inputs"],
+    )  # fmt: skip
+
+
+def _status(row: Row, lock: Path) -> Status:
+    """A run that says it is running is believed only while the kernel says that its lock is held.
+
+    Of a run on another machine whose folder is not here, only the row can be believed.
+    """
+    stored: Status = row["status"]
+    if stored != "running" or is_held(lock) or (row["host"] != socket.gethostname() and not lock.exists()):
+        return stored
+    return "crashed"

@@ -1,0 +1,163 @@
+"""What the registry tells about a data set, a checkpoint, a run and a metric. Plain frozen values, no access to anything.
+
+`as_dict()` is the JSON that the command line prints; a number that JSON cannot say (NaN, infinity) is null there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+Status = Literal["running", "finished", "failed", "interrupted", "crashed"]
+
+
+@dataclass(frozen=True, slots=True)
+class DataUse:
+    """A data set that went into a checkpoint: the recipe's name for it, its id, and how many of its rows."""
+
+    name: str
+    id: str
+    rows: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {"name": self.name, "id": self.id, "rows": self.rows}
+
+
+@dataclass(frozen=True, slots=True)
+class DataRecord:
+    """A registered data set. key: hash of what it was made from; info: its data report; size in bytes."""
+
+    number: int
+    id: str
+    name: str
+    key: str
+    path: Path
+    size: int
+    info: Mapping[str, Any]
+    run: str | None
+    created: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {
+            "id": self.id, "name": self.name, "key": self.key, "path": str(self.path), "bytes": self.size,
+            "run": self.run, "created": self.created, "info": dict(self.info),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointRecord:
+    """A registered checkpoint. parents: ids of checkpoints, or hub ids and folders that lie outside the registry.
+
+    id: content hash of its files, which two runs may share; number: order of registration, unique; size in bytes;
+    recipe: the resolved settings of the run that made it.
+    """
+
+    number: int
+    id: str
+    name: str
+    kind: str
+    path: Path
+    size: int
+    stage: str
+    run: str
+    key: str
+    parents: tuple[str, ...]
+    data: tuple[DataUse, ...]
+    recipe: Mapping[str, Any]
+    template_sha256: str | None
+    tokenizer_sha256: str | None
+    metrics: Mapping[str, Any]
+    samples: tuple[Mapping[str, Any], ...]
+    versions: Mapping[str, str]
+    tags: tuple[str, ...]
+    created: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form, without the samples (they belong to the report)."""
+        return {
+            "id": self.id, "name": self.name, "kind": self.kind, "path": str(self.path), "bytes": self.size,
+            "stage": self.stage, "run": self.run, "key": self.key, "parents": list(self.parents),
+            "data": [use.as_dict() for use in self.data], "recipe": dict(self.recipe),
+            "template_sha256": self.template_sha256, "tokenizer_sha256": self.tokenizer_sha256,
+            "metrics": dict(self.metrics), "versions": dict(self.versions), "tags": list(self.tags),
+            "created": self.created,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """One execution of a stage. status is what is true now: `crashed` as soon as the process is gone without a word."""
+
+    number: int
+    id: str
+    recipe: str
+    stage: str
+    kind: str
+    key: str
+    seed: int
+    status: Status
+    message: str
+    work: Path
+    host: str
+    started: str
+    ended: str | None
+    settings_json: str
+    inputs_json: str
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Resolved settings; parsed when asked for, because a listing of thousands of runs does not need them."""
+        return dict(json.loads(self.settings_json))
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What went in: names to ids."""
+        return dict(json.loads(self.inputs_json))
+
+    def summary(self) -> dict[str, Any]:
+        """JSON form for listings: all but settings and inputs."""
+        return {
+            "id": self.id, "recipe": self.recipe, "stage": self.stage, "kind": self.kind, "status": self.status,
+            "message": self.message, "seed": self.seed, "key": self.key, "work": str(self.work), "host": self.host,
+            "started": self.started, "ended": self.ended,
+        }  # fmt: skip
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {**self.summary(), "settings": self.settings, "inputs": self.inputs}
+
+
+@dataclass(frozen=True, slots=True)
+class MetricRow:
+    """One number of one optimiser step; `value` is NaN where the number was not a number."""
+
+    step: int
+    name: str
+    value: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {"step": self.step, "name": self.name, "value": self.value if math.isfinite(self.value) else None}
+
+
+def to_json(value: Any) -> str:
+    """Strict JSON text of a value: mappings and sequences of any kind, numbers that are not finite as null."""
+    return json.dumps(_plain(value), ensure_ascii=False, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, DataUse):
+        return value.as_dict()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

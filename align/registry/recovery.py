@@ -1,0 +1,44 @@
+"""After a crash between the hashing of a result and its row: finishes what was ready. Nothing here guesses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from align.registry import queries
+from align.registry.database import Database
+from align.registry.hashing import Manifest, folder_manifest
+from align.registry.locks import FileLock
+from align.registry.records import RunRecord
+from align.registry.registration import PENDING, Output, clear_work, publish_all, target_path
+
+
+def recover(database: Database, home: Path) -> list[str]:
+    """Finishes what runs had ready when they were killed between hashing and recording. Returns the ids of those runs.
+
+    Needs the lock of the home folder to be free; a run that lives is left alone.
+    """
+    return [
+        record.id
+        for record in queries.runs(database, home, "r.status = 'running'")
+        if record.status == "crashed" and (record.work / PENDING).exists() and _finish(database, home, record)
+    ]
+
+
+def _finish(database: Database, home: Path, record: RunRecord) -> bool:
+    lock = FileLock(record.work / "lock")
+    if not lock.acquire():
+        return False
+    try:
+        ready: list[tuple[Output, Manifest]] = []
+        for entry in json.loads((record.work / PENDING).read_text(encoding="utf-8")):
+            output = Output(entry["table"], home / entry["folder"], entry["columns"])
+            place = output.folder if output.folder.is_dir() else home / target_path(output, entry["id"])
+            if not place.is_dir() or (manifest := folder_manifest(place)).id != entry["id"]:
+                return False
+            ready.append((output, manifest))
+        publish_all(database, home, ready, record.id)
+        clear_work(record.work)
+    finally:
+        lock.release()
+    return True

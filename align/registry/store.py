@@ -1,0 +1,292 @@
+"""The registry as everyone above sees it: one object, opened on a home folder, that remembers what was made from what."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from align.errors import AlignError, did_you_mean
+from align.registry import cleanup, queries
+from align.registry.artifacts import discard, disk_errors_explained, problems
+from align.registry.database import Database, PostgresDatabase, SqliteDatabase
+from align.registry.hashing import folder_manifest
+from align.registry.identity import check_identity
+from align.registry.lineage import Lineage, children_of, ids_in, trace
+from align.registry.migrations import LATEST, migrate, refuse_newer
+from align.registry.records import CheckpointRecord, DataRecord, MetricRow, RunRecord, to_json
+from align.registry.recovery import recover
+from align.registry.references import ID_PREFIX, check_name, check_tag, only_one, parse_reference
+from align.registry.registration import Output, home_lock, now, register
+from align.registry.run import Run
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
+
+class Registry:
+    """Data sets, checkpoints, runs and metrics of one home folder. `open` makes one; every operation is one transaction."""
+
+    def __init__(self, home: Path, database: Database) -> None:
+        self.home = home
+        self._database = database
+
+    @classmethod
+    def open(cls, home: Path | None = None, url: str | None = None, *, create: bool = True) -> Registry:
+        """The registry of `home` (default: ALIGN_HOME, else .align here) and `url` (default: ALIGN_REGISTRY_URL).
+
+        create: make folders and tables where they are missing; without it, a missing registry is an empty one.
+        Raises AlignError when the folder cannot be written or the database does not answer.
+        """
+        place = (home or Path(os.environ.get("ALIGN_HOME") or ".align")).absolute()
+        if create:
+            _make_folders(place)
+        database = _connect(place, url or os.environ.get("ALIGN_REGISTRY_URL") or None, create=create)
+        check_identity(database, place, create=create)
+        return cls(place, database)
+
+    # Data sets
+
+    def add_data(self, name: str, key: str, folder: Path, info: Mapping[str, Any]) -> DataRecord:
+        """Moves `folder` into the registry under its content hash. What is there already under this name and key stays."""
+        columns = {"name": check_name(name), "key": key, "info": to_json(info)}
+        present = self.data_by_key(key)
+        if present and present.name == name and present.id == folder_manifest(folder).id:
+            self.check_unchanged(present)
+            discard(folder)
+            return present
+        (number,) = register(self._database, self.home, [Output("datasets", folder, columns)], None)
+        return queries.datasets(self._database, self.home, "d.number = :number", number=number)[0]
+
+    def data_by_key(self, key: str) -> DataRecord | None:
+        """The newest data set that was made from what `key` is the hash of."""
+        found = queries.datasets(self._database, self.home, "d.key = :key", key=key)
+        return found[0] if found else None
+
+    def data(self, reference: str) -> DataRecord:
+        """The newest data set of that name, or the one whose id begins so. Raises AlignError for none or several."""
+        name, prefix = parse_reference(reference)
+        found = queries.datasets(self._database, self.home, "d.name = :name", name=name)
+        found = [record for record in found if record.id.startswith(prefix)]
+        if not found and not prefix and ID_PREFIX.fullmatch(name):
+            found = queries.datasets(self._database, self.home, "d.artifact LIKE :start", start=f"{name}%")
+        return only_one(found, "data set", reference, (record.name for record in self.all_data()))
+
+    def all_data(self) -> list[DataRecord]:
+        """All data sets, newest first."""
+        return queries.datasets(self._database, self.home)
+
+    # Runs
+
+    def begin_run(
+        self,
+        *,
+        recipe: str,
+        stage: str,
+        kind: str,
+        key: str,
+        settings: Mapping[str, Any],
+        inputs: Mapping[str, Any],
+        seed: int,
+    ) -> Run:
+        """A new run, with its lock held. key: hash of all that decides the result; inputs: ids of what goes in."""
+        from sqlalchemy import func, insert, select
+
+        from align.registry.schema import runs
+
+        run = Run(self._database, self.home, secrets.token_hex(6))
+        with self._started(run) as connection:
+            number = connection.execute(select(func.coalesce(func.max(runs.c.number), 0) + 1)).scalar_one()
+            row = {
+                "number": number, "id": run.id, "recipe": check_name(recipe), "stage": check_name(stage), "kind": kind,
+                "key": key, "seed": seed, "settings": to_json(settings), "inputs": to_json(inputs), "status": "running",
+                "message": "", "host": socket.gethostname(), "started": now(), "ended": None,
+            }  # fmt: skip
+            connection.execute(insert(runs).values(row))
+        return run
+
+    def resume_run(self, id_prefix: str) -> Run:
+        """An unfinished run, taken up again. Raises AlignError when it is finished or runs in another process."""
+        from sqlalchemy import update
+
+        from align.registry.schema import runs
+
+        record = self.run(id_prefix)
+        if record.status == "finished":
+            raise AlignError(f"run {record.id} is finished; there is nothing to resume")
+        run = Run(self._database, self.home, record.id)
+        with self._started(run) as connection:
+            again = {"status": "running", "message": "", "ended": None, "host": socket.gethostname()}
+            connection.execute(update(runs).where(runs.c.id == record.id).values(again))
+        return run
+
+    def recover(self) -> list[str]:
+        """Records results that were complete when their run was killed; returns the ids of those runs."""
+        return recover(self._database, self.home)
+
+    def run(self, id_prefix: str) -> RunRecord:
+        """The run whose id begins so. Raises AlignError for none or several."""
+        name, _ = parse_reference(id_prefix)
+        found = queries.runs(self._database, self.home, "r.id LIKE :start", start=f"{name}%")
+        known = {row["id"] for row in self._database.read("SELECT id FROM runs ORDER BY number DESC LIMIT 20")}
+        return only_one(found, "run", id_prefix, known)
+
+    def all_runs(self) -> list[RunRecord]:
+        """All runs, newest first, each with the status that is true now."""
+        return queries.runs(self._database, self.home)
+
+    def resumable(self, key: str) -> RunRecord | None:
+        """The last run of that key that does not run now, if it did not finish and its folder is still there."""
+        done = [
+            run for run in queries.runs(self._database, self.home, "r.key = :key", key=key) if run.status != "running"
+        ]
+        return done[0] if done and done[0].status != "finished" and done[0].work.is_dir() else None
+
+    def metrics(self, run_id: str) -> list[MetricRow]:
+        """Metrics of a run, by step and name."""
+        return queries.metrics(self._database, run_id)
+
+    # Checkpoints
+
+    def checkpoint(self, reference: str) -> CheckpointRecord:
+        """The checkpoint behind recipe/stage, recipe/stage@id, a tag or the beginning of an id.
+
+        Raises AlignError with the nearest name when there is none, with the candidates when there are several.
+        """
+        name, prefix = parse_reference(reference)
+        tagged = "c.number IN (SELECT checkpoint FROM tags WHERE tag = :name)"
+        for condition in ("c.name = :name", tagged):
+            found = queries.checkpoints(self._database, self.home, condition, name=name)
+            if matching := [record for record in found if record.id.startswith(prefix)]:
+                return only_one(matching, "checkpoint", reference, ()) if prefix else matching[0]
+        found = []
+        if not prefix and ID_PREFIX.fullmatch(name):
+            found = queries.checkpoints(self._database, self.home, "c.artifact LIKE :start", start=f"{name}%")
+        return only_one(found, "checkpoint", reference, self._known_references())
+
+    def checkpoint_by_key(self, key: str) -> CheckpointRecord | None:
+        """The newest checkpoint whose run had this key."""
+        found = queries.checkpoints(self._database, self.home, "r.key = :key", key=key)
+        return found[0] if found else None
+
+    def all_checkpoints(self) -> list[CheckpointRecord]:
+        """All checkpoints, newest first."""
+        return queries.checkpoints(self._database, self.home)
+
+    def lineage(self, reference: str) -> Lineage:
+        """What a checkpoint was made from, all the way up, and what was made from it."""
+        return trace(self._database, self.home, self.checkpoint(reference))
+
+    def tag(self, reference: str, tag: str) -> CheckpointRecord:
+        """Points `tag` to a checkpoint; a tag that exists moves. Raises AlignError when a checkpoint has that name."""
+        from sqlalchemy import delete, insert
+
+        from align.registry.schema import tags
+
+        record = self.checkpoint(reference)
+        check_tag(tag)
+        if queries.checkpoints(self._database, self.home, "c.name = :name", name=tag):
+            raise AlignError(f"'{tag}' is the name of a checkpoint", "Choose another tag.")
+        with self._database.write() as connection:
+            connection.execute(delete(tags).where(tags.c.tag == tag))
+            connection.execute(insert(tags).values(tag=tag, checkpoint=record.number))
+        return self.checkpoint(tag)
+
+    def untag(self, tag: str) -> None:
+        """Removes a tag; the checkpoint stays. Raises AlignError when there is no such tag."""
+        from sqlalchemy import delete
+
+        from align.registry.schema import tags
+
+        known = {name for names in queries.tags_by_checkpoint(self._database).values() for name in names}
+        if tag not in known:
+            raise AlignError(f"no tag '{tag}'", did_you_mean(tag, known))
+        with self._database.write() as connection:
+            connection.execute(delete(tags).where(tags.c.tag == tag))
+
+    # Integrity and space
+
+    def verify(self, reference: str) -> list[str]:
+        """Reads every byte of a checkpoint again; one sentence for each file that is not as registered."""
+        record = self.checkpoint(reference)
+        return problems(record.path, queries.manifest(self._database, record.id), thorough=True)
+
+    def check_unchanged(self, record: CheckpointRecord | DataRecord) -> None:
+        """Raises AlignError, naming the file, when an artifact is not as it was registered.
+
+        Files whose inode, size and times are as recorded are trusted; all others are read again.
+        """
+        found = problems(record.path, queries.manifest(self._database, record.id), thorough=False)
+        if found:
+            what = "data set" if isinstance(record, DataRecord) else "checkpoint"
+            raise AlignError(
+                f"{what} {record.name} ({record.id[:12]}) was changed behind the registry's back: {found[0]}"
+                + (f" (and {len(found) - 1} more)" if len(found) > 1 else ""),
+                f"Its files are in {record.path}. Put the original back, or make it again with --force.",
+            )
+
+    def remove(self, reference: str) -> CheckpointRecord:
+        """Removes a checkpoint. Raises AlignError when something was made from it, uses it now, or a tag points to it."""
+        with home_lock(self.home):
+            record = self.checkpoint(reference)
+            last = len(queries.checkpoints(self._database, self.home, "c.artifact = :id", id=record.id)) == 1
+            self._refuse_needed(record, last=last)
+            cleanup.delete_rows(self._database, [[record.number]], "checkpoints")
+            if last:
+                discard(record.path)
+        return record
+
+    def gc(self, dry_run: bool = False) -> list[cleanup.Removal]:
+        """Removes what nothing needs (see cleanup) and returns it with the reasons; `dry_run`: only says so."""
+        return cleanup.collect(self._database, self.home, dry_run=dry_run)
+
+    @contextmanager
+    def _started(self, run: Run) -> Iterator[Connection]:
+        """The transaction that makes a started run known; without it, the run is given up."""
+        run.start()
+        try:
+            with self._database.write() as connection:
+                yield connection
+        except BaseException:
+            run.abandon()
+            raise
+
+    def _refuse_needed(self, record: CheckpointRecord, *, last: bool) -> None:
+        if record.tags:
+            raise AlignError(f"{record.name} is tagged {', '.join(record.tags)}", "Untag it first.")
+        if not last:
+            return
+        if children := children_of(self._database, self.home, record.id):
+            names = ", ".join(f"{child.name}@{child.id[:8]}" for child in children)
+            raise AlignError(f"{record.name}@{record.id[:8]} is the parent of {names}", "Remove those first.")
+        users = [
+            run.id for run in cleanup.pinning_runs(self._database, self.home) if record.id in ids_in(run.inputs_json)
+        ]
+        if users:
+            raise AlignError(
+                f"{record.name}@{record.id[:8]} is an input of run {', '.join(users)}, which is not finished"
+            )
+
+    def _known_references(self) -> set[str]:
+        rows = self._database.read("SELECT name FROM checkpoints UNION SELECT tag AS name FROM tags")
+        return {row["name"] for row in rows}
+
+
+def _connect(home: Path, url: str | None, *, create: bool) -> Database:
+    database: Database = PostgresDatabase(url) if url else SqliteDatabase(home / "registry.db")
+    version = database.version()
+    refuse_newer(version)
+    if version < LATEST and (create or version > 0):
+        with database.write() as connection:
+            migrate(connection)
+    return database
+
+
+def _make_folders(home: Path) -> None:
+    with disk_errors_explained(home):
+        for name in ("checkpoints", "data", "runs", "cache"):
+            (home / name).mkdir(parents=True, exist_ok=True)
