@@ -151,7 +151,12 @@ def _plain_form(models: list[type[BaseModel]], key: str) -> str:
 
 
 def _plural(words: str) -> str:
-    return words.replace("a mapping", "mappings").replace("a path", "paths").replace("a name", "names")
+    return (
+        words.replace("one of", "any of")
+        .replace("a mapping", "mappings")
+        .replace("a path", "paths")
+        .replace("a name", "names")
+    )
 
 
 def _range(limits: tuple[Any, ...]) -> str:
