@@ -147,7 +147,9 @@ def merged(adapted: Any) -> Any:
         with _without_warnings():
             return adapted.merge_and_unload(safe_merge=True)
     except ValueError as error:
-        raise AlignError(f"this adapter cannot be merged: {error}", "Train it again from its last good state.") from error
+        raise AlignError(
+            f"this adapter cannot be merged: {error}", "Train it again from its last good state."
+        ) from error
 
 
 def _refuse_contradictions(settings: AdapterSettings, record: AdapterRecord) -> None:
@@ -190,7 +192,7 @@ def _trained_whole(model: Any, added: list[int]) -> dict[str, Any]:
         embeddings.append(names[id(head)])
     if getattr(head, "bias", None) is not None:  # peft's row-wise training of a head leaves its bias out
         return {"modules_to_save": [*(whole["modules_to_save"] or []), *embeddings]}
-    return {**whole, "trainable_token_indices": {name: added for name in embeddings}}
+    return {**whole, "trainable_token_indices": dict.fromkeys(embeddings, added)}
 
 
 def _require_all_keys(adapted: Any, path: str) -> None:

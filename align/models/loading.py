@@ -20,6 +20,7 @@ from align.models.adapters import (
     train_in_float32,
 )
 from align.models.hardware import compute_dtype
+from align.models.hub import located
 from align.models.opening import (
     fresh_weights,
     grow_vocabulary,
@@ -29,7 +30,7 @@ from align.models.opening import (
     silence_dropout,
 )
 from align.models.rewards import require_head, require_reward, start_head
-from align.models.source import Quantize, Source, located
+from align.models.source import Quantize, Source
 from align.recipe import AdapterSettings
 
 __all__ = [

@@ -17,16 +17,17 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-
+from align.batches import Batch
 from align.errors import AlignError
 from align.models.adapters import merged, open_adapter, record_of, saved_vocabulary
-from align.models.loading import load_policy, load_reward, load_tokenizer, width_of
 from align.models.hardware import compute_dtype
+from align.models.hub import located
+from align.models.loading import load_policy, load_reward, load_tokenizer, width_of
 from align.models.opening import grow_vocabulary, open_config, open_weights
 from align.models.quantized import dequantized_weights
 from align.models.rewards import reward_scores
 from align.models.saving import save_checkpoint
-from align.models.source import Source, located, source_of
+from align.models.source import Source, source_of
 
 Into = Literal["original", "dequantized"]
 
@@ -94,7 +95,10 @@ def choose_base(source: Source, into: Literal["auto", "original", "dequantized"]
             f"{source.path}: there is no record that its base was quantized", "Merge into the original base."
         )
     if into == "dequantized" or (into == "auto" and source.quantize):
-        return "dequantized", f"the adapter was trained on this base in {source.quantize}, so on its dequantized weights"
+        return (
+            "dequantized",
+            f"the adapter was trained on this base in {source.quantize}, so on its dequantized weights",
+        )
     if source.quantize:
         return "original", f"asked for, though the adapter was trained on the base in {source.quantize}"
     return "original", "the adapter was trained on this base in full precision"

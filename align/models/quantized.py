@@ -20,7 +20,6 @@ from transformers import BitsAndBytesConfig
 from align.models.source import Quantize
 
 
-
 class _SteadyLinear8bit(bnb.nn.Linear8bitLt):  # type: ignore[misc]
     """Takes its training path always: exact activations, in training and evaluation alike."""
 

@@ -1,6 +1,6 @@
 """What a model folder is, told from its files alone: no torch, no weights read, no network.
 
-A hub id passes through untouched; `located` brings its files here, and is the only place that may use the network.
+A hub id passes through untouched; hub.py brings its files here when they are needed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from align.errors import AlignError, did_you_mean
 from align.registry.hashing import sha256_file, sha256_json
@@ -23,7 +23,6 @@ Json = dict[str, Any]
 ADAPTER_RECORD = "align_adapter.json"  # stands beside adapter_config.json; peft does not read it
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
-HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 
 
 @dataclass(frozen=True)
@@ -85,14 +84,6 @@ def source_of(
     return Source(str(folder.resolve()), _kind_of(folder, config), None, None, revision, trust_remote_code)
 
 
-def located(source: Source) -> Source:
-    """The same source as a local folder; downloads a hub model unless HF_HUB_OFFLINE is set or the cache has it."""
-    if Path(source.path).is_dir():
-        return source
-    found = source_of(_download(source), trust_remote_code=source.trust_remote_code)
-    return replace(found, revision=source.revision, hub_id=source.path)
-
-
 def weights_sha256(source: Source) -> str:
     """Identity of a local model's weights: the hash of the names and contents of its safetensors files."""
     files = sorted(Path(source.path).glob("*.safetensors"))
@@ -104,7 +95,9 @@ def read_json(file: Path) -> Json:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise AlignError(f"{file}: cannot be read as JSON ({error})", "The folder is damaged; copy it again.") from error
+        raise AlignError(
+            f"{file}: cannot be read as JSON ({error})", "The folder is damaged; copy it again."
+        ) from error
     if not isinstance(value, dict):
         raise AlignError(f"{file}: holds no JSON object", "The folder is damaged; copy it again.")
     return value
@@ -155,7 +148,7 @@ def _require_weights(folder: Path, stem: Literal["model", "adapter_model"]) -> N
     if pickles:
         raise AlignError(
             f"{folder}: its weights are pickled ({', '.join(pickles[:3])}), and loading a pickle can run any program",
-            "If you trust its author, convert it once: python -c \"from transformers import AutoModelForCausalLM as M; "
+            'If you trust its author, convert it once: python -c "from transformers import AutoModelForCausalLM as M; '
             f"M.from_pretrained('{folder}').save_pretrained('NEW_FOLDER')\", and copy the tokenizer files.",
         )
     raise AlignError(f"{folder}: no weights, {stem}.safetensors is missing", "Copy the folder again.")
@@ -225,24 +218,6 @@ def _from_hub_cache(name: str, revision: str | None, trust_remote_code: bool) ->
     return Source(name, "model", None, None, revision, trust_remote_code)
 
 
-def _download(source: Source) -> str:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    code = ["*.py"] if source.trust_remote_code else []
-    try:
-        return cast(str, snapshot_download(
-            source.path, revision=source.revision, allow_patterns=[*HUB_FILES, *code],
-            ignore_patterns=["*/*", "consolidated*"],
-        ))  # fmt: skip
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise AlignError(
-            f"{source.path}: no such folder, and the hub did not give it ({_first_line(error)})",
-            "Check the name and `revision:`, log in for a gated model (hf auth login), or download it first if this "
-            "machine is offline.",
-        ) from error
-
-
 def _refuse_foreign_code(folder: Path, config: Json, trusted: bool) -> None:
     """A model whose own Python is needed is refused here, not after its weights are loaded."""
     if trusted or "auto_map" not in config:
@@ -256,16 +231,12 @@ def _refuse_foreign_code(folder: Path, config: Json, trusted: bool) -> None:
         )
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def _marks(file: Path) -> Sequence[int]:
     status = file.stat()
     return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 @lru_cache(maxsize=256)
-def _file_sha256(path: str, *marks: int) -> str:
+def _file_sha256(path: str, *_marks: int) -> str:
     """Hash of a file, read once while its inode, size and times stay as they are."""
     return sha256_file(Path(path))
