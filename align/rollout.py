@@ -23,6 +23,7 @@ from align.batches import micro_batches
 from align.decoding_cache import decoding_cache
 from align.errors import AlignError
 from align.progress import Progress
+from align.scoring import device_of, evaluating
 
 TOKENS_AT_ONCE = 32_768  # prompts and replies of one batch, padding included: bounds the key-value cache
 
@@ -105,7 +106,7 @@ def generate(
     """
     rows = [_Row(index, limit) for index, limit in enumerate(_limits(model, prompts, sampling.max_new_tokens))]
     lengths = [len(prompt) + row.limit for prompt, row in zip(prompts, rows, strict=True)]
-    with (progress or Progress()).bar("generate", len(prompts)) as bar, _evaluating(model):
+    with (progress or Progress()).bar("generate", len(prompts)) as bar, evaluating(model):
         for group in micro_batches(lengths, max(TOKENS_AT_ONCE // sampling.beams, 1)):
             batch = [rows[i] for i in group]
             ids = [prompts[i] for i in group]
@@ -164,7 +165,7 @@ def _decode(
     on_token: OnToken | None,
 ) -> None:
     """Fill `rows` token by token; those that have finished leave the batch."""
-    ids, mask, positions = left_padded(prompts, next(model.parameters()).device)
+    ids, mask, positions = left_padded(prompts, device_of(model))
     drawn = None
     if sampling.temperature > 0:
         drawn = step_sampling.uniforms(sampling.seed, [row.index for row in rows], sampling.max_new_tokens)
@@ -202,7 +203,7 @@ def _append(
 
 def _forward(model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor, memory: DynamicCache) -> Tensor:
     """Logits of the last place, (B, V); `memory` has seen `ids` after it."""
-    known = _parameters(type(_innermost(model)))
+    known = _parameters(type(_innermost(model)).forward)
     options: dict[str, Any] = {"position_ids": positions, "logits_to_keep": 1}
     output = model(
         input_ids=ids, attention_mask=mask, past_key_values=memory, use_cache=True,
@@ -212,8 +213,8 @@ def _forward(model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor, mem
 
 
 @cache
-def _parameters(kind: type[Any]) -> frozenset[str]:
-    return frozenset(inspect.signature(kind.forward).parameters)
+def _parameters(forward: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
 
 
 def _innermost(model: nn.Module) -> Any:
@@ -225,7 +226,7 @@ def _beam_search(
     model: nn.Module, prompts: Sequence[list[int]], rows: list[_Row], sampling: Sampling, stop_ids: Sequence[int]
 ) -> None:
     """Fill `rows` by transformers' beam search; rows that the context cuts short are searched apart."""
-    stops, device = list(stop_ids), next(model.parameters()).device
+    stops, device = list(stop_ids), device_of(model)
     for limit in sorted({row.limit for row in rows}):
         places = [place for place, row in enumerate(rows) if row.limit == limit]
         ids, mask, _ = left_padded([prompts[place] for place in places], device)
@@ -270,19 +271,6 @@ def _limits(model: nn.Module, prompts: Sequence[list[int]], max_new_tokens: int)
                 f"Shorten it to at most {context - 1} tokens.",
             )
     return [min(max_new_tokens, context - len(p)) if context is not None else max_new_tokens for p in prompts]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout and gradients inside; every module's mode as it was after."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _check_range(name: str, value: float, holds: bool, wanted: str) -> None:

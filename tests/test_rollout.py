@@ -163,7 +163,7 @@ def test_mode_and_gradients_are_as_before_even_after_an_error(gpt2):
     assert first == generate(model, tokenizer, prompts, Sampling(8), stop_ids=[STOP]), "dropout is off"
     assert [module.training for module in model.modules()] == modes
     with pytest.raises(ZeroDivisionError):
-        generate(model, tokenizer, prompts, Sampling(8), stop_ids=[STOP], on_token=lambda row, token: 1 / 0)
+        generate(model, tokenizer, prompts, Sampling(8), stop_ids=[STOP], on_token=lambda *_: 1 / 0)
     assert [module.training for module in model.modules()] == modes
     assert torch.is_grad_enabled()
 

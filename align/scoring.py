@@ -1,0 +1,119 @@
+"""What a model thinks of given texts: log-probabilities of their trained tokens, or rewards. No numbers about them.
+
+Rows go through in batches of like length; results come in the rows' order, on the CPU, the same for every batching.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from align.batches import Batch, micro_batches, pad
+from align.chat import Encoded, EncodedPair
+from align.losses import token_logps
+from align.models.rewards import reward_scores
+from align.preference_losses import Pair
+from align.progress import Progress
+
+TOKENS_AT_ONCE = 8192  # padding included
+LOGITS_AT_ONCE = 2**27  # numbers; 512 MB in float32
+PAD_ID = 0  # any id will do: the attention mask hides it
+
+
+class AnswerLogps(NamedTuple):
+    """Per row, (N,) each, float64: log-probability of its trained tokens, summed, and how many they are."""
+
+    sums: Tensor
+    tokens: Tensor
+
+
+class PairLogps(NamedTuple):
+    """Of each pair, (N,) each: the summed log-probabilities of both replies, and their numbers of tokens."""
+
+    logps: Pair
+    tokens: Pair
+
+
+def answer_logps(model: nn.Module, rows: Sequence[Encoded], *, progress: Progress | None = None) -> AnswerLogps:
+    """Log-probabilities of the trained tokens of each row, at temperature 1 and without dropout."""
+
+    def score(batch: Batch) -> Tensor:
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        return token_logps(logits, batch.input_ids, batch.trained).double().sum(dim=1)
+
+    budget = max(1, min(TOKENS_AT_ONCE, LOGITS_AT_ONCE // _vocabulary(model)))
+    counts = torch.tensor([row.labels for row in rows], dtype=torch.float64)
+    return AnswerLogps(_in_batches(model, rows, score, budget, progress), counts)
+
+
+def pair_logps(model: nn.Module, pairs: Sequence[EncodedPair], *, progress: Progress | None = None) -> PairLogps:
+    """Log-probabilities of chosen and rejected replies."""
+    both = answer_logps(model, _both_sides(pairs), progress=progress)
+    return PairLogps(_halves(both.sums), _halves(both.tokens))
+
+
+def rewards(model: nn.Module, rows: Sequence[Encoded], *, progress: Progress | None = None) -> Tensor:
+    """Rewards of a reward model, (N,), float64."""
+    return _in_batches(model, rows, lambda batch: reward_scores(model, batch), TOKENS_AT_ONCE, progress)
+
+
+def pair_rewards(model: nn.Module, pairs: Sequence[EncodedPair], *, progress: Progress | None = None) -> Pair:
+    """Rewards of chosen and rejected replies, (N,) each."""
+    return _halves(rewards(model, _both_sides(pairs), progress=progress))
+
+
+def reply_row(prompt: Sequence[int], reply: Sequence[int]) -> Encoded:
+    """A generated reply as a row whose trained tokens are the reply's."""
+    return Encoded([*prompt, *reply], [False] * len(prompt) + [True] * len(reply))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout and gradients inside; every module's mode as it was after."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's inputs have to be."""
+    return next(model.parameters()).device
+
+
+def _in_batches(
+    model: nn.Module,
+    rows: Sequence[Encoded],
+    score: Callable[[Batch], Tensor],
+    budget: int,
+    progress: Progress | None,
+) -> Tensor:
+    found = torch.zeros(len(rows), dtype=torch.float64)
+    with (progress or Progress()).bar("evaluate", len(rows)) as bar, evaluating(model):
+        for group in micro_batches([len(row.ids) for row in rows], budget):
+            batch = pad([rows[index] for index in group], PAD_ID).to(device_of(model))
+            found[group] = score(batch).double().cpu()
+            bar.advance(len(group), tokens=int(batch.attention_mask.sum()))
+    return found
+
+
+def _both_sides(pairs: Sequence[EncodedPair]) -> list[Encoded]:
+    return [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+
+
+def _halves(values: Tensor) -> Pair:
+    chosen, rejected = values.view(2, -1)
+    return Pair(chosen, rejected)
+
+
+def _vocabulary(model: nn.Module) -> int:
+    config: Any = model.config
+    return int(config.get_text_config().vocab_size)
