@@ -18,6 +18,7 @@ from align.errors import AlignError, StageFailed
 from align.registry.hashing import Manifest, file_marks, folder_manifest, sha256_file
 
 CLOCK_TICK_SECONDS = 0.02  # the coarsest step of file times on local file systems is 10 ms
+NEW = ".new-"
 
 
 def seal(folder: Path) -> Manifest:

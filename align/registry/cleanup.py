@@ -7,19 +7,22 @@ these was made from.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from align.registry import queries
-from align.registry.artifacts import discard, folder_size
+from align.registry.artifacts import NEW, discard, folder_size
 from align.registry.database import Database
 from align.registry.lineage import ids_in
 from align.registry.locks import is_held
 from align.registry.records import CheckpointRecord, DataRecord, RunRecord
 from align.registry.recovery import recover
 from align.registry.registration import FOLDERS, PENDING, clear_work, home_lock
+
+DAY_SECONDS = 86400
 
 AnyRecord = TypeVar("AnyRecord", CheckpointRecord, DataRecord)
 
@@ -160,8 +163,14 @@ def _leftovers(database: Database, home: Path) -> list[Removal]:
         Removal("leftover", folder.name, "", folder, folder_size(folder), "it was never registered: a crash left it")
         for place in (*FOLDERS.values(), "runs")
         for folder in sorted((home / place).glob("*"))
-        if f"{place}/{folder.name}" not in known and not is_held(folder / "lock")
+        if f"{place}/{folder.name}" not in known and not _in_use(folder)
     ]
+
+
+def _in_use(folder: Path) -> bool:
+    """A run that begins, or a folder that somebody may still be filling."""
+    young = time.time() - folder.stat().st_mtime < DAY_SECONDS
+    return is_held(folder / "lock") or (folder.name.startswith(NEW) and young)
 
 
 def _dead_state(database: Database, home: Path, pinned: set[str]) -> list[Removal]:

@@ -80,8 +80,9 @@ def ids_in(json_text: str) -> set[str]:
 
 
 def children_of(database: Database, home: Path, checkpoint: str) -> list[CheckpointRecord]:
-    """Checkpoints that name this id as a parent, newest first."""
-    return queries.checkpoints(database, home, "c.parents LIKE :pattern", pattern=f'%"{checkpoint}"%')
+    """Checkpoints of other content that name this id as a parent, newest first."""
+    condition = "c.parents LIKE :pattern AND c.artifact <> :id"
+    return queries.checkpoints(database, home, condition, pattern=f'%"{checkpoint}"%', id=checkpoint)
 
 
 def trace(database: Database, home: Path, start: CheckpointRecord) -> Lineage:
@@ -116,10 +117,12 @@ class _Graph:
         return run.kind if run else ""
 
     def _take_checkpoint(self, record: CheckpointRecord) -> None:
-        self.nodes[record.id] = _checkpoint_node(record, self.run_kind(record.run))
+        run = self._run(record.run)
+        inputs = run.inputs if run else {}
+        self.nodes[record.id] = _checkpoint_node(record, run.kind if run else "")
         for parent in record.parents:
             self.edges.append(Edge(record.id, parent))
-            self._later(parent, parent)
+            self._later(parent, str(inputs["parent"]) if inputs.get("parent_id") == parent else parent)
         for use in record.data:
             self.edges.append(Edge(record.id, use.id, use.rows))
             self._later(use.id, use.name)

@@ -13,21 +13,25 @@ from align.registry.hashing import Manifest
 from align.registry.locks import is_held
 from align.registry.records import CheckpointRecord, DataRecord, DataUse, MetricRow, RunRecord, Status
 
+EVERYTHING = 2**62  # as a LIMIT; `LIMIT ALL` is not SQLite's, -1 not PostgreSQL's
+
 CHECKPOINTS = """
     SELECT c.*, a.path, a.size, r.recipe, r.stage, r.key, r.settings
     FROM checkpoints c JOIN artifacts a ON a.id = c.artifact JOIN runs r ON r.id = c.run
-    WHERE {condition} ORDER BY c.number DESC
+    WHERE {condition} ORDER BY c.number DESC LIMIT {limit}
 """
 DATA = """
     SELECT d.*, a.path, a.size FROM datasets d JOIN artifacts a ON a.id = d.artifact
     WHERE {condition} ORDER BY d.number DESC
 """
-RUNS = "SELECT * FROM runs r WHERE {condition} ORDER BY r.number DESC"
+RUNS = "SELECT * FROM runs r WHERE {condition} ORDER BY r.number DESC LIMIT {limit}"
 
 
-def checkpoints(database: Database, home: Path, condition: str = "1 = 1", **values: Any) -> list[CheckpointRecord]:
+def checkpoints(
+    database: Database, home: Path, condition: str = "1 = 1", limit: int | None = None, **values: Any
+) -> list[CheckpointRecord]:
     """Checkpoints for which the SQL condition holds, newest first. Tables: c, a (artifacts), r (runs)."""
-    rows = database.read(CHECKPOINTS.format(condition=condition), **values)
+    rows = database.read(CHECKPOINTS.format(condition=condition, limit=limit or EVERYTHING), **values)
     tags = tags_by_checkpoint(database) if rows else {}
     return [_checkpoint(row, home, tuple(tags.get(row["number"], ()))) for row in rows]
 
@@ -37,9 +41,13 @@ def datasets(database: Database, home: Path, condition: str = "1 = 1", **values:
     return [_data(row, home) for row in database.read(DATA.format(condition=condition), **values)]
 
 
-def runs(database: Database, home: Path, condition: str = "1 = 1", **values: Any) -> list[RunRecord]:
+def runs(
+    database: Database, home: Path, condition: str = "1 = 1", limit: int | None = None, **values: Any
+) -> list[RunRecord]:
     """Runs for which the SQL condition holds, newest first, with the status that is true now. Table: r."""
-    return [_run(row, home) for row in database.read(RUNS.format(condition=condition), **values)]
+    return [
+        _run(row, home) for row in database.read(RUNS.format(condition=condition, limit=limit or EVERYTHING), **values)
+    ]
 
 
 def metrics(database: Database, run_id: str) -> list[MetricRow]:

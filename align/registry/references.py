@@ -18,6 +18,7 @@ WORD = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
 NAME = re.compile(rf"{WORD}(/{WORD})*")
 TAG = re.compile(WORD)
 REFERENCE = re.compile(rf"(?P<name>{WORD}(/{WORD})*)(@(?P<id>[0-9a-f]+))?")
+RUN_PREFIX = re.compile(r"[0-9a-f]{1,12}")
 ID_PREFIX = re.compile(r"[0-9a-f]{4,64}")
 
 

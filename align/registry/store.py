@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import socket
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from align.errors import AlignError, did_you_mean
 from align.registry import cleanup, queries
-from align.registry.artifacts import discard, disk_errors_explained, problems
+from align.registry.artifacts import NEW, discard, disk_errors_explained, problems
 from align.registry.database import Database, PostgresDatabase, SqliteDatabase
-from align.registry.hashing import folder_manifest
+from align.registry.hashing import Manifest, folder_manifest
 from align.registry.identity import check_identity
 from align.registry.lineage import Lineage, children_of, ids_in, trace
 from align.registry.migrations import LATEST, migrate, refuse_newer
 from align.registry.records import CheckpointRecord, DataRecord, MetricRow, RunRecord, to_json
 from align.registry.recovery import recover
-from align.registry.references import ID_PREFIX, check_name, check_tag, only_one, parse_reference
+from align.registry.references import ID_PREFIX, RUN_PREFIX, check_name, check_tag, only_one, parse_reference
 from align.registry.registration import Output, home_lock, now, register
 from align.registry.run import Run
 
@@ -61,6 +62,15 @@ class Registry:
             return present
         (number,) = register(self._database, self.home, [Output("datasets", folder, columns)], None)
         return queries.datasets(self._database, self.home, "d.number = :number", number=number)[0]
+
+    def new_folder(self, what: str) -> Path:
+        """An empty folder on the registry's disk, to be moved in later. what: `data`. gc sweeps one that was forgotten."""
+        with disk_errors_explained(self.home):
+            return Path(tempfile.mkdtemp(prefix=NEW, dir=self.home / what))
+
+    def folder_of(self, record: CheckpointRecord | DataRecord) -> Path:
+        """Where the files of a record are."""
+        return record.path
 
     def data_by_key(self, key: str) -> DataRecord | None:
         """The newest data set that was made from what `key` is the hash of."""
@@ -131,13 +141,14 @@ class Registry:
     def run(self, id_prefix: str) -> RunRecord:
         """The run whose id begins so. Raises AlignError for none or several."""
         name, _ = parse_reference(id_prefix)
-        found = queries.runs(self._database, self.home, "r.id LIKE :start", start=f"{name}%")
+        hexadecimal = RUN_PREFIX.fullmatch(name) is not None
+        found = queries.runs(self._database, self.home, "r.id LIKE :start", start=f"{name}%") if hexadecimal else []
         known = {row["id"] for row in self._database.read("SELECT id FROM runs ORDER BY number DESC LIMIT 20")}
         return only_one(found, "run", id_prefix, known)
 
-    def all_runs(self) -> list[RunRecord]:
-        """All runs, newest first, each with the status that is true now."""
-        return queries.runs(self._database, self.home)
+    def all_runs(self, limit: int | None = None) -> list[RunRecord]:
+        """All runs, or the newest `limit`, newest first, each with the status that is true now."""
+        return queries.runs(self._database, self.home, limit=limit)
 
     def resumable(self, key: str) -> RunRecord | None:
         """The last run of that key that does not run now, if it did not finish and its folder is still there."""
@@ -168,14 +179,30 @@ class Registry:
             found = queries.checkpoints(self._database, self.home, "c.artifact LIKE :start", start=f"{name}%")
         return only_one(found, "checkpoint", reference, self._known_references())
 
+    def knows(self, reference: str) -> bool:
+        """Whether `checkpoint` would find something."""
+        try:
+            self.checkpoint(reference)
+        except AlignError:
+            return False
+        return True
+
     def checkpoint_by_key(self, key: str) -> CheckpointRecord | None:
         """The newest checkpoint whose run had this key."""
         found = queries.checkpoints(self._database, self.home, "r.key = :key", key=key)
         return found[0] if found else None
 
-    def all_checkpoints(self) -> list[CheckpointRecord]:
-        """All checkpoints, newest first."""
-        return queries.checkpoints(self._database, self.home)
+    def all_checkpoints(self, limit: int | None = None) -> list[CheckpointRecord]:
+        """All checkpoints, or the newest `limit`, newest first."""
+        return queries.checkpoints(self._database, self.home, limit=limit)
+
+    def files(self, record: CheckpointRecord | DataRecord) -> Manifest:
+        """Files of an artifact as they were registered: hashes and sizes."""
+        return queries.manifest(self._database, record.id)
+
+    def children(self, record: CheckpointRecord) -> list[CheckpointRecord]:
+        """Checkpoints that were made from this one, newest first."""
+        return children_of(self._database, self.home, record.id)
 
     def lineage(self, reference: str) -> Lineage:
         """What a checkpoint was made from, all the way up, and what was made from it."""
