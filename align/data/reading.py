@@ -48,12 +48,16 @@ class Reading:
             except RowError as error:
                 self.problems.add(Problem(row.place, str(error)))
 
+    def tolerable(self) -> bool:
+        """Whether there are no bad rows, or no more than the format is known to hold."""
+        return self.problems.count <= FORMATS[self.format].bad_share * self.rows
+
     def finish(self) -> str | None:
         """A warning about rows that were passed over, if the format allows so many; raises AlignError if it does not."""
         count = self.problems.count
         if not count:
             return None
-        if count > FORMATS[self.format].bad_share * self.rows:
+        if not self.tolerable():
             self.problems.check(self.rows)
         return f"{count} of {self.rows} rows are unusable and were dropped, the first: {self.problems.kept[0]}"
 
