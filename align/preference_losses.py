@@ -147,7 +147,8 @@ def _mean(logps: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _log1mexp(logp: Tensor) -> Tensor:
-    """log(1 - exp(x)) for x < 0, exact near 0 and far from it (Maechler 2012); finite at 0."""
+    """log(1 - exp(x)) for x < 0, exact near 0 and far from it (Maechler 2012); finite at 0, gradient included."""
     x = logp.clamp(max=-torch.finfo(logp.dtype).tiny)
-    near = torch.log(-torch.expm1(x.clamp(min=-1.0)))
-    return torch.where(x > -0.6931472, near, torch.log1p(-torch.exp(x)))
+    near = torch.log(-torch.expm1(x.clamp(min=-1.0)))  # each branch is kept where it is finite: where() passes NaN
+    far = torch.log1p(-torch.exp(x.clamp(max=-0.5)))
+    return torch.where(x > -0.6931472, near, far)
