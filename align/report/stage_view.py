@@ -1,0 +1,264 @@
+"""One stage of a chain as the page shows it: sentences, verdict, charts, samples and tables, all from the stage's record.
+
+What a record does not have is left out; what it has beyond what is known here is shown under its own name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from align.report import comparisons, curves, words
+from align.report.chain import Chain, StageFacts
+from align.report.data_view import DataView, data_views
+from align.report.numbers import Change, changes, facts, headline
+from align.report.settings_view import SettingsView, settings_view
+
+KINDS = {
+    "pretrain": "Pretraining",
+    "sft": "Supervised fine-tuning",
+    "reward": "Reward model",
+    "dpo": "Direct preference optimisation",
+    "ppo": "Proximal policy optimisation",
+    "critique": "Critique and revision",
+    "merge": "Adapter merge",
+}
+SIGNS = {"better": "▲", "worse": "▼", "unclear": "≈", "same": "="}
+RIGHT, WRONG = "✓", "✗"
+MOST_SAMPLES, MOST_TEXT = 8, 1600
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A verdict in a word or two, with a sign before it; style: better, worse, unclear, none."""
+
+    text: str
+    style: str
+    sign: str = "·"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawing with its title and the sentence that says how to read it."""
+
+    title: str
+    caption: str
+    drawing: Markup
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt with the answers of parent and child, cut to a readable length."""
+
+    prompt: str
+    before: str
+    after: str
+    before_verdict: Chip | None
+    after_verdict: Chip | None
+
+
+@dataclass(frozen=True)
+class NumberRow:
+    """One line of the table of held-out numbers."""
+
+    change: Change
+    chip: Chip
+    chart: Markup
+
+
+@dataclass(frozen=True)
+class StageView:
+    """All that the page says of one stage."""
+
+    anchor: str
+    name: str
+    kind: str
+    identifier: str
+    sentence: str
+    problem: str
+    headline: Change | None
+    chip: Chip
+    headline_chart: Markup
+    changes: Sequence[NumberRow]
+    figures: Sequence[Figure]
+    curves: Sequence[curves.CurveChart]
+    facts: Mapping[str, str]
+    counts: Mapping[str, Mapping[str, str]]
+    samples: Sequence[Sample]
+    samples_left_out: int
+    data: Sequence[DataView]
+    settings: SettingsView
+    origin: Mapping[str, str]
+    versions: Mapping[str, str]
+
+
+def stage_view(stage: StageFacts, chain: Chain) -> StageView:
+    """The view of one stage; the chain gives the names of its parents."""
+    record = stage.checkpoint
+    metrics = dict(record.metrics) if record else {}
+    main = headline(metrics, stage.kind)
+    samples = [_sample(row) for row in (record.samples if record else ()) if isinstance(row, Mapping)]
+    return StageView(
+        anchor=stage.key,
+        name=stage.name,
+        kind=_kind(stage),
+        identifier=words.short(record.id) if record else "",
+        sentence=_sentence(stage, chain),
+        problem=_problem(stage),
+        headline=main,
+        chip=_stage_chip(stage, main, metrics),
+        headline_chart=comparisons.whiskers(main) if main else Markup(""),
+        changes=[NumberRow(one, chip(one), comparisons.whiskers(one)) for one in changes(metrics, stage.kind)],
+        figures=list(_figures(metrics)),
+        curves=curves.charts(stage.curves),
+        facts={name: words.plain(value) for name, value in facts(metrics).items()},
+        counts=_counts(metrics),
+        samples=samples[:MOST_SAMPLES],
+        samples_left_out=max(0, len(samples) - MOST_SAMPLES),
+        data=data_views(stage),
+        settings=settings_view(stage.kind, stage.settings),
+        origin=_origin(stage),
+        versions=dict(record.versions) if record else {},
+    )
+
+
+def chip(change: Change) -> Chip:
+    """What may be said of a change, in words that also say what it was compared with."""
+    verdict = change.verdict
+    if change.baseline == "chance" and verdict in ("better", "worse", "unclear"):
+        against = {"better": "above chance", "worse": "below chance"}.get(verdict, "not told from chance")
+        return Chip(against, verdict, SIGNS[verdict])
+    if verdict == "none":
+        return Chip("measured", "none")
+    sure = "" if change.certain or verdict in ("unclear", "same") else ", no interval"
+    return Chip(f"{verdict}{sure}", "none" if verdict == "same" else verdict, SIGNS[verdict])
+
+
+def _stage_chip(stage: StageFacts, main: Change | None, metrics: Mapping[str, Any]) -> Chip:
+    if not stage.checkpoint:
+        return Chip(stage.run.status if stage.run else "unfinished", "worse", WRONG)
+    holds = metrics.get("holds", metrics.get("after.holds"))
+    if isinstance(holds, bool):
+        return Chip("parity holds", "better", RIGHT) if holds else Chip("parity broken", "worse", WRONG)
+    return chip(main) if main else Chip("not measured", "none")
+
+
+def _kind(stage: StageFacts) -> str:
+    kind = KINDS.get(stage.kind, words.label(stage.kind))
+    settings = stage.settings
+    quantize = settings.get("quantize")
+    if quantize:
+        return f"{kind} · QLoRA, {quantize}"
+    return f"{kind} · LoRA" if settings.get("adapter") else kind
+
+
+def _sentence(stage: StageFacts, chain: Chain) -> str:
+    names = chain.outside | {other.key: other.name for other in chain.stages}
+    parents = [names.get(parent, parent) for parent in chain.parents.get(stage.key, ())]
+    parts = [f"made from {' and '.join(parents)}"] if parents else []
+    if stage.checkpoint and stage.checkpoint.data:
+        parts.append("on " + ", ".join(f"{use.rows:,} rows of {use.name}" for use in stage.checkpoint.data))
+    if seconds := _seconds(stage):
+        parts.append(f"in {words.duration(seconds)}")
+    sentence = " ".join(parts)
+    return f"{sentence[:1].upper()}{sentence[1:]}." if sentence else ""
+
+
+def _problem(stage: StageFacts) -> str:
+    if stage.checkpoint or not stage.run:
+        return ""
+    reason = stage.run.message or "no reason was recorded"
+    return f"This stage made no checkpoint. Its run {words.short(stage.run.id)} is {stage.run.status}: {reason}"
+
+
+def _figures(metrics: Mapping[str, Any]) -> Iterator[Figure]:
+    for key, value in metrics.items():
+        rows = [row for row in value if isinstance(row, Mapping)] if isinstance(value, list | tuple) else []
+        title = words.label(key.removeprefix("after.").removeprefix("before."))
+        title += " (before)" if key.startswith("before.") else ""
+        if rows and "bucket" in rows[0]:
+            yield Figure(title, "Dots are shares, whiskers 95% intervals.", comparisons.buckets(rows, title))
+        elif rows and "confidence" in rows[0]:
+            caption = "On the dashed line, confidence is deserved; below it, the model is too sure."
+            yield Figure(title, caption, comparisons.calibration(rows, title))
+
+
+def _counts(metrics: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Metrics that are mappings of several counts (token lengths, say): a small table each."""
+    found = {}
+    for key, value in metrics.items():
+        if isinstance(value, Mapping) and "value" not in value:
+            found[words.label(key)] = {words.label(name): words.plain(part) for name, part in value.items()}
+    return found
+
+
+def _sample(row: Mapping[str, Any]) -> Sample:
+    return Sample(
+        prompt=_text(row.get("prompt")),
+        before=_text(row.get("before")),
+        after=_text(row.get("after")),
+        before_verdict=_verdict(row.get("before_verdict")),
+        after_verdict=_verdict(row.get("after_verdict")),
+    )
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        turns = [f"{turn.get('role', '')}: {turn.get('content', '')}" for turn in value if isinstance(turn, Mapping)]
+        value = "\n".join(turns)
+    return words.printable("" if value is None else value, MOST_TEXT)
+
+
+def _verdict(value: Any) -> Chip | None:
+    if value is None or value == "":
+        return None
+    if isinstance(value, Mapping):
+        return _judged(value)
+    known = {True: "correct", False: "wrong"}
+    said = words.one_line(known[value] if isinstance(value, bool) else value, 60)
+    return _marked(said, {"correct": True, "right": True, "wrong": False, "incorrect": False}.get(said.lower()))
+
+
+def _judged(value: Mapping[str, Any]) -> Chip:
+    correct, violations = value.get("correct"), value.get("violations") or ()
+    said = [] if correct is None else ["correct" if correct else "wrong"]
+    said += ["refused"] if value.get("refused") else []
+    said += [f"breaks {words.plain(violations)}"] if violations else []
+    if not said and isinstance(value.get("score"), int | float):
+        said = [f"score {words.number(value['score'])}"]
+    good = False if violations else None if correct is None else bool(correct)
+    return _marked(words.one_line(", ".join(said) or words.plain(dict(value)), 60), good)
+
+
+def _marked(said: str, good: bool | None) -> Chip:
+    if good is None:
+        return Chip(said, "none")
+    return Chip(said, "better", RIGHT) if good else Chip(said, "worse", WRONG)
+
+
+def _seconds(stage: StageFacts) -> float | None:
+    start = words.moment(stage.run.started) if stage.run else None
+    end = words.moment(stage.run.ended) if stage.run and stage.run.ended else None
+    return (end - start).total_seconds() if start and end else None
+
+
+def _origin(stage: StageFacts) -> dict[str, str]:
+    record, run = stage.checkpoint, stage.run
+    seconds = _seconds(stage)
+    said = {
+        "Checkpoint": record.id if record else "",
+        "Form": record.kind if record else "",
+        "Tags": ", ".join(record.tags) if record else "",
+        "Folder": str(record.path) if record else "",
+        "Template SHA-256": (record.template_sha256 or "") if record else "",
+        "Run": run.id if run else "",
+        "Seed": str(run.seed) if run else "",
+        "Started": words.day(run.started) if run else "",
+        "Took": words.duration(seconds) if seconds is not None else "",
+        "Machine": run.host if run else "",
+        "Cache key": run.key if run else "",
+    }
+    return {name: value for name, value in said.items() if value}
