@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from align.errors import AlignError
-from align.models.hub import located
-from align.models.source import ADAPTER_RECORD, source_of, weights_sha256
+from align.models.source import ADAPTER_RECORD, located, source_of, weights_sha256
 
 
 @pytest.fixture

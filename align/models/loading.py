@@ -20,7 +20,6 @@ from align.models.adapters import (
     train_in_float32,
 )
 from align.models.hardware import compute_dtype
-from align.models.hub import located
 from align.models.opening import (
     fresh_weights,
     grow_vocabulary,
@@ -30,7 +29,7 @@ from align.models.opening import (
     silence_dropout,
 )
 from align.models.rewards import require_head, require_reward, start_head
-from align.models.source import Quantize, Source
+from align.models.source import Quantize, Source, located
 from align.recipe import AdapterSettings
 
 __all__ = [
@@ -185,7 +184,7 @@ def _assembled(wish: _Wish, *, reward: bool) -> Any:
     if not wish.dropout:
         silence_dropout(model)
     if wish.gradient_checkpointing and wish.trainable:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return _adapted(model, replace(wish, source=source), root, dtype)
 
 
@@ -193,7 +192,7 @@ def _adapted(model: Any, wish: _Wish, root: Source, dtype: torch.dtype) -> Any:
     source = wish.source
     if wish.adapter is None and not source.is_adapter:
         return model
-    if wish.gradient_checkpointing:
+    if wish.gradient_checkpointing and wish.trainable:
         model.enable_input_require_grads()  # frozen embeddings would cut the recomputed blocks off from their inputs
     record = record_of(root, wish.base_quantize, dtype)
     added = _added_tokens(wish)
@@ -212,7 +211,7 @@ def _adapted(model: Any, wish: _Wish, root: Source, dtype: torch.dtype) -> Any:
 
 def _added_tokens(wish: _Wish) -> list[int]:
     """Ids that the given tokenizer has and the source's own has not; spare rows of the embeddings may hold them."""
-    if wish.tokenizer is None:
+    if wish.tokenizer is None or not wish.trainable:
         return []
     known = load_tokenizer(wish.source).get_vocab()
     return sorted(index for token, index in wish.tokenizer.get_vocab().items() if token not in known)

@@ -21,13 +21,12 @@ from align.batches import Batch
 from align.errors import AlignError
 from align.models.adapters import merged, open_adapter, record_of, saved_vocabulary
 from align.models.hardware import compute_dtype
-from align.models.hub import located
 from align.models.loading import load_policy, load_reward, load_tokenizer, width_of
 from align.models.opening import grow_vocabulary, open_config, open_weights
 from align.models.quantized import dequantized_weights
 from align.models.rewards import reward_scores
 from align.models.saving import save_checkpoint
-from align.models.source import Source, source_of
+from align.models.source import Source, located, source_of
 
 Into = Literal["original", "dequantized"]
 
@@ -52,6 +51,13 @@ class MergeVerdict:
     def holds(self) -> bool:
         """Whether the KL is a number within the bound."""
         return math.isfinite(self.kl) and self.kl <= self.max_kl
+
+    def __str__(self) -> str:
+        bound = "within" if self.holds else "above"
+        return (
+            f"KL {self.kl:.2g}, {bound} the bound of {self.max_kl:g}; top-1 agreement {self.top1_agreement:.2%} "
+            f"on {self.compared}; into the {self.into} base: {self.why}"
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """JSON form."""

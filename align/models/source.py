@@ -84,6 +84,20 @@ def source_of(
     return Source(str(folder.resolve()), _kind_of(folder, config), None, None, revision, trust_remote_code)
 
 
+def located(source: Source) -> Source:
+    """The same source as a local folder; downloads a hub model unless HF_HUB_OFFLINE is set or the cache has it."""
+    if Path(source.path).is_dir():
+        return source
+    from align.models.hub import download
+
+    found = source_of(
+        download(source.path, source.revision, with_code=source.trust_remote_code),
+        trust_remote_code=source.trust_remote_code,
+    )
+    commit = Path(found.path).name  # the cache keeps each commit in a folder of its name
+    return replace(found, revision=commit, hub_id=source.path)
+
+
 def weights_sha256(source: Source) -> str:
     """Identity of a local model's weights: the hash of the names and contents of its safetensors files."""
     files = sorted(Path(source.path).glob("*.safetensors"))
