@@ -12,7 +12,7 @@ from align.report import svg, words
 from align.report.numbers import CHANCE, Change, Number, number_from
 
 WIDTH, HEIGHT = 360.0, 220.0
-LEFT, RIGHT, TOP, BOTTOM = 48.0, 14.0, 14.0, 40.0
+LEFT, RIGHT, TOP, BOTTOM = 48.0, 20.0, 14.0, 40.0
 
 
 def whiskers(change: Change, width: float = 220.0) -> Markup:
@@ -114,7 +114,7 @@ def _upright(value: Number, x: float, up: svg.Scale) -> Markup:
 
 def _share_axis(up: svg.Scale, low: float = 0.0) -> list[Markup]:
     parts = []
-    for mark in svg.ticks(low, 1):
+    for mark in svg.ticks(low, 1, 7):
         parts.append(svg.line(LEFT, up(mark), WIDTH - RIGHT, up(mark), "grid"))
         parts.append(svg.text(LEFT - 6, up(mark) + 4, f"{mark * 100:.0f}%", anchor="end"))
     return [*parts, svg.line(LEFT, up(low), WIDTH - RIGHT, up(low), "axis")]

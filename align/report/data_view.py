@@ -13,13 +13,12 @@ from align.report.chain import StageFacts
 
 KEPT = {"train_rows": "Training rows", "test_rows": "Held-out rows"}
 DROPPED = {
+    "unusable": "Unusable rows",
     "duplicates": "Duplicates",
     "near_duplicates": "Near duplicates",
     "contaminated": "Found in an evaluation set",
-    "equal_pairs": "Pairs whose answers are equal",
-    "too_long": "Too long",
-    "dropped": "Dropped for length",
-    "over_limit": "Over the limit",
+    "test_overlap": "Asked in the held-out rows",
+    "equal_pairs": "Pairs of equal answers",
     "unused": "Not used",
 }
 _STYLES = {"train_rows": "kept", "test_rows": "held"}
@@ -49,7 +48,11 @@ def _view(name: str, identifier: str, rows: int, info: Mapping[str, Any]) -> Dat
     bar = comparisons.shares_bar([(title, count, _STYLES.get(key, "dropped")) for key, title, count in counts])
     read = info.get("rows_read")
     shown = [(_STYLES.get(key, "dropped"), title, _portion(count, read)) for key, title, count in counts]
-    rest = {k: v for k, v in info.items() if k not in KEPT and k not in DROPPED and k != "warnings"}
+    rest = {
+        k: v
+        for k, v in info.items()
+        if k not in KEPT and k not in DROPPED and k != "warnings" and v not in ({}, [], "")
+    }
     warnings = info.get("warnings")
     return DataView(
         name=name,
@@ -65,7 +68,7 @@ def _view(name: str, identifier: str, rows: int, info: Mapping[str, Any]) -> Dat
 def _detail(key: str, value: Any) -> str:
     if isinstance(value, float) and key.endswith(("_share", "_fraction")):
         return words.number(value, share=True)
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else words.plain(value)
+    return words.counted(value)
 
 
 def _portion(count: int, read: Any) -> str:

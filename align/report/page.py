@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 
 _VERDICTS = {
-    "better": "improved on held-out rows.",
-    "worse": "got worse.",
-    "unclear": "cannot be told from before.",
-    "same": "stayed the same.",
+    "better": "Improved on held-out rows",
+    "worse": "Got worse on held-out rows",
+    "unclear": "Not to be told from before",
+    "same": "Unchanged",
 }
 
 
@@ -89,11 +89,11 @@ def _lead(chain: Chain, views: Sequence[StageView]) -> str:
     start = f" from {_listed(list(chain.outside.values()))}" if chain.outside else ""
     made = sum(stage.checkpoint is not None for stage in chain.stages)
     said = [f"{made} stage{'s' * (made != 1)}{start}."]
-    for verdict, sentence in _VERDICTS.items():
+    for verdict, words_before in _VERDICTS.items():
         names = [v.name.rpartition("/")[2] for v in views if v.headline and v.headline.verdict == verdict]
-        said += [f"{_listed(names)} {sentence}"] if names else []
+        said += [f"{words_before}: {_listed(names)}."] if names else []
     lost = [v.name.rpartition("/")[2] for v in views if v.problem]
-    return " ".join(said + ([f"{_listed(lost)} made no checkpoint."] if lost else []))
+    return " ".join(said + ([f"Without a checkpoint: {_listed(lost)}."] if lost else []))
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -191,8 +191,16 @@ def _counts(metrics: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     found = {}
     for key, value in metrics.items():
         if isinstance(value, Mapping) and "value" not in value:
-            found[words.label(key)] = {words.label(name): words.plain(part) for name, part in value.items()}
+            found[words.label(key)] = {words.label(name): words.counted(part) for name, part in value.items()}
+            found[words.label(key)] |= _trained_share(value)
     return found
+
+
+def _trained_share(counts: Mapping[str, Any]) -> dict[str, str]:
+    trained, tokens = counts.get("trained_tokens"), counts.get("tokens")
+    if isinstance(trained, int) and isinstance(tokens, int) and tokens > 0:
+        return {"Share of tokens trained": words.number(trained / tokens, share=True)}
+    return {}
 
 
 def _sample(row: Mapping[str, Any]) -> Sample:

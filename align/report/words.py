@@ -121,6 +121,11 @@ def plain(value: Any) -> str:
     return str(value)
 
 
+def counted(value: Any) -> str:
+    """As `plain`, with thousands set apart: for counts, where a setting would be copied as it stands."""
+    return number(value) if isinstance(value, int) and not isinstance(value, bool) else plain(value)
+
+
 def _misleads(character: str) -> bool:
     return unicodedata.category(character) == "Cs" or unicodedata.bidirectional(character) in _TURNS
 
