@@ -15,14 +15,43 @@ from align.data.examples import Conversation, Document, Example, Message, Prefer
 from align.errors import AlignError, did_you_mean
 from align.evaluation import judge_numbers, likelihood_numbers, preference_numbers, reward_numbers, win_rate
 from align.judge import Judge
+from align.models.source import Source
 from align.opened import Policy, RewardModel, said
 from align.progress import Progress
 from align.rollout import Reply, Sampling
 from align.scoring import answer_logps, pair_logps
 
 TEXT_METRICS = ("exact_match", "f1", "bleu", "rouge", "numeric_match")
-METRICS = ("perplexity", *TEXT_METRICS, "preference", "judge", "win_rate")
-USUAL_TEXT_METRICS = ("exact_match", "f1", "bleu", "rouge")
+ANSWER_METRICS = ("judge", "win_rate")
+METRICS_BY_KIND: dict[str, tuple[str, ...]] = {
+    "text": ("perplexity",),
+    "conversation": ("perplexity", *TEXT_METRICS, *ANSWER_METRICS),
+    "preference": ("preference", *ANSWER_METRICS),
+    "rated": ANSWER_METRICS,
+    "prompt": ANSWER_METRICS,
+}
+METRICS = ("perplexity", *TEXT_METRICS, "preference", *ANSWER_METRICS)
+NEEDS = {"judge": "--judge FILE", "win_rate": "--against CHECKPOINT and --reward CHECKPOINT"}
+
+
+def chosen_metrics(kind: str, names: Sequence[str], *, judged: bool, opposed: bool) -> list[str]:
+    """What will be measured on rows of a kind: the named metrics, else all that apply but numeric_match.
+
+    Raises AlignError for a name that is unknown, that such rows do not allow, or whose judge or rival is missing.
+    """
+    present = {"judge": judged, "win_rate": opposed}
+    allowed = [name for name in METRICS_BY_KIND[kind] if present.get(name, True)]
+    for name in names:
+        if name not in METRICS:
+            raise AlignError(f"no metric '{name}'", did_you_mean(name, METRICS))
+        if name not in METRICS_BY_KIND[kind]:
+            raise AlignError(f"{name} cannot be measured on {kind} rows", did_you_mean(name, METRICS_BY_KIND[kind]))
+        if name not in allowed:
+            raise AlignError(f"the metric '{name}' needs more than rows", f"Give {NEEDS[name]}.")
+    chosen = list(names) or [name for name in allowed if name != "numeric_match"]
+    if not chosen:
+        raise AlignError(f"{kind} rows say nothing about right answers", "Give --judge, or --against and --reward.")
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -44,22 +73,8 @@ class Benchmark:
     judge: Judge | None = None
     opponent: Opponent | None = None
 
-    def usual_metrics(self) -> list[str]:
-        """What these rows, judge and opponent allow to measure."""
-        by_kind = {
-            "text": ["perplexity"],
-            "conversation": ["perplexity", *USUAL_TEXT_METRICS],
-            "preference": ["preference"],
-        }
-        names = by_kind.get(self.examples[0].kind, [])
-        names += ["judge"] if self.judge else []
-        return names + (["win_rate"] if self.opponent else [])
-
     def numbers(self, names: Sequence[str]) -> dict[str, Any]:
-        """The named metrics. Raises AlignError for one that is unknown or that these rows do not allow."""
-        for name in names:
-            if name not in METRICS:
-                raise AlignError(f"no metric '{name}'", did_you_mean(name, METRICS))
+        """The metrics that `chosen_metrics` let through for these rows."""
         found: dict[str, Any] = {}
         if "perplexity" in names:
             found |= self._perplexity()
@@ -67,10 +82,10 @@ class Benchmark:
             found |= self._text(text)
         if "preference" in names:
             found |= self._preference()
-        if "judge" in names:
-            found |= self._judged()
-        if "win_rate" in names:
-            found |= self._won()
+        if "judge" in names and self.judge is not None:
+            found |= self._judged(self.judge)
+        if "win_rate" in names and self.opponent is not None:
+            found |= self._won(self.opponent)
         return found
 
     @cached_property
@@ -80,14 +95,10 @@ class Benchmark:
 
     @cached_property
     def _prompts(self) -> list[tuple[Message, ...]]:
-        if any(isinstance(example, Document) for example in self.examples):
-            raise AlignError("plain text asks nothing that could be answered", "Only perplexity can be measured on it.")
         return [prompt_of(example) for example in self.examples if not isinstance(example, Document)]
 
     def _perplexity(self) -> dict[str, Any]:
         rows = [example for example in self.examples if isinstance(example, Document | Conversation)]
-        if len(rows) < len(self.examples):
-            raise AlignError(f"perplexity needs answers or text, not {self.examples[0].kind} rows")
         encoded = self.policy.rows(rows)
         numbers = likelihood_numbers(answer_logps(self.policy.model, encoded, progress=self.progress))
         return {**numbers, **self._left_out()}
@@ -96,8 +107,6 @@ class Benchmark:
         from align.text_metrics import text_numbers
 
         right = [example.messages[-1].content for example in self.examples if isinstance(example, Conversation)]
-        if len(right) < len(self.examples):
-            raise AlignError(f"{names[0]} needs answers to compare with, not {self.examples[0].kind} rows")
         return dict(text_numbers([reply.text for reply in self.replies], right, names))
 
     def _preference(self) -> dict[str, Any]:
@@ -107,24 +116,18 @@ class Benchmark:
         )
         return {**numbers, **self._left_out()}
 
-    def _judged(self) -> dict[str, Any]:
-        if self.judge is None:
-            raise AlignError("the metric 'judge' needs a judge", "Give --judge FILE.")
+    def _judged(self, judge: Judge) -> dict[str, Any]:
         expected = [getattr(example, "expected", None) for example in self.examples]
         verdicts = [
-            self.judge.verdict(prompt[-1].content, reply.text, row)
+            judge.verdict(prompt[-1].content, reply.text, row)
             for prompt, reply, row in zip(self._prompts, self.replies, expected, strict=True)
         ]
         return {f"judge.{name}": number for name, number in judge_numbers(verdicts, expected).items()}
 
-    def _won(self) -> dict[str, Any]:
-        if self.opponent is None:
-            raise AlignError(
-                "the metric 'win_rate' needs a rival", "Give --against CHECKPOINT and --reward CHECKPOINT."
-            )
-        theirs = self.opponent.rival.answer(self._prompts, self.sampling, self.progress)
+    def _won(self, opponent: Opponent) -> dict[str, Any]:
+        theirs = opponent.rival.answer(self._prompts, self.sampling, self.progress)
         scores = [
-            self.opponent.reward.score(
+            opponent.reward.score(
                 [(prompt, said(reply.text)) for prompt, reply in zip(self._prompts, replies, strict=True)],
                 self.progress,
             )
@@ -138,9 +141,11 @@ class Benchmark:
         return {"rows_left_out": left_out} if left_out else {}
 
 
-def reward_benchmark(reward: RewardModel, examples: Sequence[Example], progress: Progress) -> dict[str, Any]:
-    """`reward_numbers` on preference pairs. Raises AlignError for other rows."""
-    pairs = [reward.encoder.preference(pair) for pair in preferences(examples)]
+def reward_benchmark(source: Source, examples: Sequence[Example], progress: Progress) -> dict[str, Any]:
+    """`reward_numbers` of a reward model on preference pairs. Raises AlignError for other rows."""
+    rows = preferences(examples)
+    reward = RewardModel.open(source)
+    pairs = [reward.encoder.preference(pair) for pair in rows]
     kept = [pair for pair in pairs if pair]
     numbers: dict[str, Any] = dict(reward_numbers(reward.model, kept, progress=progress))
     return numbers | ({"rows_left_out": len(pairs) - len(kept)} if len(kept) < len(pairs) else {})

@@ -35,7 +35,7 @@ class Policy:
             raise AlignError(f"{source.path}: a reward model, it writes no text", "Use `align score`.")
         tokenizer = load_tokenizer(source)
         prepare_tokenizer(tokenizer, None)
-        model = load_policy(source, tokenizer=None if source.is_adapter else tokenizer)
+        model = load_policy(source, tokenizer=tokenizer)
         return cls(model, tokenizer, _encoder(model, tokenizer))
 
     def answer(
@@ -75,7 +75,7 @@ class RewardModel:
         require_reward(source)
         tokenizer = load_tokenizer(source)
         prepare_tokenizer(tokenizer, None)
-        model = load_reward(source)
+        model = load_reward(source, tokenizer=tokenizer)
         return cls(model, _encoder(model, tokenizer))
 
     def score(self, replies: Sequence[tuple[Messages, Messages]], progress: Progress | None = None) -> list[float]:

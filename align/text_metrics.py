@@ -20,12 +20,14 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 
 from align.errors import AlignError, did_you_mean
-from align.intervals import Estimate, Floats, Numbers, bootstrap, mean
+from align.intervals import Estimate, Floats, Numbers, bootstrap, mean, wilson
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 MARKED_NUMBER = re.compile(r"####\s*(-?[\d,]*\.?\d+)")
 NUMBER = re.compile(r"(?:(?<![\w.)])-)?(?:\d[\d,]*(?:\.\d+)?|(?<!\d)\.\d+)")  # the minus of 10-20 is a dash
+SHARES = ("exact_match", "numeric_match")  # 0 or 1 in every row
+METRICS = ("exact_match", "f1", "bleu", "rouge", "numeric_match")
 ROUGE_KINDS = ("rouge1", "rouge2", "rougeL")
 BLEU_ORDERS = 4
 BLEU_RESAMPLES = 500
@@ -72,11 +74,9 @@ def text_numbers(
         if name == "bleu":
             numbers[name] = bleu(predictions, references, seed=seed)
         for metric in _modules(name):
-            numbers[metric.key] = mean(metric.rows(predictions, references), seed=seed)
+            rows = metric.rows(predictions, references)
+            numbers[metric.key] = wilson(sum(rows), len(rows)) if name in SHARES else mean(rows, seed=seed)
     return numbers
-
-
-METRICS = ("exact_match", "f1", "bleu", "rouge", "numeric_match")
 
 
 def exact_match(prediction: str, reference: str) -> float:
