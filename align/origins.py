@@ -9,16 +9,19 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from align.data.prepare import PreparedData, prepare, read_prepared, source_key, write_prepared
+from align.data.prepare import prepare, source_key
+from align.data.prepared import PreparedData, read_prepared, write_prepared
 from align.errors import AlignError, did_you_mean
-from align.models.source import Source, source_of
-from align.recipe import MergeSettings, Recipe, Stage, TrainingSettings
+from align.judge import Judge
+from align.models.source import Source, located, source_of
+from align.recipe import PretrainSettings, Recipe, Stage, TrainingSettings
 from align.registry import CheckpointRecord, DataRecord, Registry
 from align.registry.hashing import folder_manifest, sha256_file, sha256_json
 
@@ -88,11 +91,11 @@ class Workshop:
         record = self.registry.data_by_key(key)
         if record is None:
             prepared = prepare(name, self.recipe.data, folder=self.folder, seed=self.recipe.seed)
-            aside = self.registry.new_folder("data")
+            aside = Path(tempfile.mkdtemp(dir=self.registry.home / "cache", prefix="data-"))
             write_prepared(prepared, aside)
             record = self.registry.add_data(self.full_name(name), key, aside, prepared.report.as_dict())
         self.registry.check_unchanged(record)
-        return record, read_prepared(self.registry.folder_of(record))
+        return record, read_prepared(record.path)
 
     def key(self, name: str, origin: Origin) -> str:
         """Cache key of a stage that starts at `origin`."""
@@ -116,17 +119,37 @@ class Workshop:
         as_path = self.folder / reference
         if as_path.exists():
             return self._foreign(str(as_path), reference)
-        if self.registry.knows(reference):
-            return self._recorded(self.registry.checkpoint(reference))
-        return self._foreign(_snapshot(reference, self.recipe.revision), reference)
+        try:
+            record = self.registry.checkpoint(reference)
+        except AlignError:  # no name of the registry: a hub id, or a mistake that source_of explains
+            return self._foreign(reference, reference)
+        return self._recorded(record)
+
+    def judge(self) -> Judge | None:
+        """The judge that marks answers, if the recipe names one."""
+        path = self.recipe.evaluation.judge
+        return Judge.load(existing_file(self.folder / path)) if path else None
+
+    def template(self) -> str | None:
+        """Text of the recipe's own chat template, if it names one."""
+        path = self.recipe.template
+        return existing_file(self.folder / path).read_text(encoding="utf-8") if path else None
 
     def _foreign(self, path: str, name: str) -> Origin:
-        source = source_of(path, trust_remote_code=self.recipe.trust_remote_code)
-        return Origin(source, _content_id(Path(path), self.registry), name)
+        scratch = any(isinstance(s, PretrainSettings) and s.from_scratch for s in self.recipe.stages.values())
+        source = located(
+            source_of(
+                path,
+                revision=self.recipe.revision,
+                trust_remote_code=self.recipe.trust_remote_code,
+                needs_weights=not scratch,
+            )
+        )
+        return Origin(source, _content_id(Path(source.path), self.registry), name)
 
     def _recorded(self, record: CheckpointRecord) -> Origin:
         self.registry.check_unchanged(record)
-        source = source_of(self.registry.folder_of(record), trust_remote_code=self.recipe.trust_remote_code)
+        source = source_of(record.path, trust_remote_code=self.recipe.trust_remote_code)
         return Origin(source, record.id, record.name, record)
 
     def _file_hash(self, path: str | None) -> str | None:
@@ -135,7 +158,9 @@ class Workshop:
 
 def stage_settings(stage: Stage) -> dict[str, Any]:
     """Settings of a stage that can change what it makes, as JSON, with the learning rate filled in."""
-    settings = stage.model_dump(mode="json", by_alias=True, exclude={"log_steps", "save_steps", "from_", "seed", "data"})
+    settings = stage.model_dump(
+        mode="json", by_alias=True, exclude={"log_steps", "save_steps", "from_", "seed", "data"}
+    )
     if isinstance(stage, TrainingSettings):
         settings["learning_rate"] = stage.peak_learning_rate()
     return settings
@@ -154,26 +179,10 @@ def existing_file(path: Path) -> Path:
     raise AlignError(f"there is no file {path}", did_you_mean(path.name, beside) if beside else "")
 
 
-def _snapshot(reference: str, revision: str | None) -> str:
-    """Local folder of a hub model, downloaded once and then taken from the hub's own cache."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.tiktoken"]
-    try:
-        return snapshot_download(reference, revision=revision, allow_patterns=patterns)
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        raise AlignError(
-            f"model '{reference}' is no folder, no checkpoint of the registry, and the hub does not give it: "
-            f"{str(error).splitlines()[0]}",
-            "Check the name and the network (HF_HUB_OFFLINE?), or give the path of a folder.",
-        ) from error
-
-
 def _content_id(folder: Path, registry: Registry) -> str:
     """Hash of a foreign folder's files. Kept by size and change time of each file, so that a plan does not read gigabytes."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    seen = [[str(p), (s := os.stat(p)).st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for p in files]
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    seen = [[str(file), *_marks(file.stat())] for file in files]
     kept = registry.home / "cache" / "content-ids" / f"{sha256_json(seen)}.json"
     if kept.is_file():
         return str(json.loads(kept.read_text())["id"])
@@ -185,6 +194,5 @@ def _content_id(folder: Path, registry: Registry) -> str:
     return found
 
 
-def is_merge(stage: Stage) -> bool:
-    """Whether a stage only merges, so that it reads no training data."""
-    return isinstance(stage, MergeSettings)
+def _marks(status: os.stat_result) -> list[int]:
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]

@@ -28,6 +28,9 @@ class Progress:
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Numbers of one optimiser step, kept with the run."""
 
+    def rewind(self, step: int) -> None:
+        """Training goes on after this step (0: from the start); what was said of later ones no longer counts."""
+
     @contextmanager
     def bar(self, title: str, total: float) -> Iterator[Bar]:
         """A bar for `total` units of work, closed with the block."""

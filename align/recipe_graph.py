@@ -68,6 +68,20 @@ def needed(recipe: Recipe, names: Sequence[str]) -> list[str]:
     return _ordered({name: graph[name] for name in graph if name in wanted})
 
 
+def stages_of_kind(recipe: Recipe, kind: str) -> list[str]:
+    """Stages of a kind; `adapter` means sft stages with an adapter. Raises AlignError when there is none."""
+    found = [name for name, stage in recipe.stages.items() if kind in _kinds_of(stage)]
+    if not found:
+        kinds = {each for stage in recipe.stages.values() for each in _kinds_of(stage)}
+        raise AlignError(f"recipe '{recipe.name}' has no stage of kind '{kind}'.", did_you_mean(kind, kinds))
+    return found
+
+
+def _kinds_of(stage: Stage) -> list[str]:
+    adapted = isinstance(stage, TrainingSettings) and stage.kind == "sft" and stage.adapter is not None
+    return [stage.kind, *(["adapter"] if adapted else [])]
+
+
 def find_cycle(graph: Graph) -> list[str]:
     """A path that comes back to where it started, its first name repeated at the end; empty when there is none."""
     try:
@@ -93,9 +107,9 @@ def gives_adapter(recipe: Recipe, reference: str | None) -> bool | None:
 def trains_adapter(recipe: Recipe, name: str) -> bool | None:
     """Whether a stage trains an adapter, its own or the one it starts from; None: only the registry knows."""
     stage = recipe.stages[name]
-    if isinstance(stage, TrainingSettings) and stage.adapter:
-        return True
-    return False if stage.from_ is None else gives_adapter(recipe, stage.from_)
+    if not isinstance(stage, TrainingSettings) or stage.from_ is None:
+        return isinstance(stage, TrainingSettings) and stage.adapter is not None
+    return True if stage.adapter else gives_adapter(recipe, stage.from_)
 
 
 def _ordered(graph: Graph) -> list[str]:

@@ -46,7 +46,7 @@ def signals_handled() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _handle(number: int, frame: FrameType | None) -> None:
+def _handle(number: int, _frame: FrameType | None) -> None:
     global _requested
     again, _requested = bool(_requested), number
     if again or not _at_boundary:

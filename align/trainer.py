@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 import signal
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,24 +24,34 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from align.batches import epoch_order, micro_batches
 from align.errors import Interrupted, StageFailed
-from align.models import compute_dtype
+from align.models.hardware import compute_dtype
+from align.models.loading import width_of
 from align.progress import Bar, Progress
 from align.recipe import TrainingSettings
-from align.state import complete_states, mark_complete
-from align.stopping import stop_requested
+from align.state import complete_states, mark_complete, step_of
+from align.stopping import stop_requested, stops_at_boundary
 
 
-class Objective(Protocol):
-    """What a stage asks of a model. Sums, not means: the loop divides by the weight of the whole optimiser step."""
+class Objective(ABC):
+    """What a stage asks of a model. Sums, not means: the loop divides by the weight of the whole optimiser step.
 
+    Metrics are divided by the weight too, so a metric is summed in the same unit (tokens, or pairs).
+    """
+
+    @abstractmethod
     def weight(self, rows: Sequence[Any]) -> float:
         """What the summed loss of these rows is divided by: trained tokens, or pairs."""
 
+    @abstractmethod
     def tokens(self, row: Any) -> int:
         """How many tokens of this row go through the model."""
 
+    @abstractmethod
     def __call__(self, model: nn.Module, rows: Sequence[Any]) -> tuple[Tensor, dict[str, float]]:
         """Summed loss (scalar, with a graph) and summed metrics of these rows."""
+
+    def before_step(self, model: nn.Module, rows: Sequence[Any]) -> None:  # noqa: B027 (most objectives need nothing)
+        """Called once with all rows of an optimiser step, for what the whole step has to know; nothing by default."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +76,11 @@ def train(task: Task, progress: Progress) -> int:
     stream = RowStream(len(task.rows), task.settings, task.seed)
     states = complete_states(task.state)
     trainer = _StepTrainer(task, stream, progress)
-    with progress.bar("training", len(stream)) as bar:
+    done = step_of(states[-1]) if states else 0
+    progress.rewind(done)
+    with progress.bar("training", len(stream)) as bar, stops_at_boundary():
         trainer.bar = bar
+        bar.advance(done)
         trainer.train(resume_from_checkpoint=str(states[-1]) if states else None)
     if number := stop_requested():
         raise Interrupted(
@@ -109,7 +123,9 @@ class RowStream(Sampler[list[int]]):
             yield batch
 
 
-def measure(model: nn.Module, objective: Objective, rows: Sequence[Any], settings: TrainingSettings) -> dict[str, float]:
+def measure(
+    model: nn.Module, objective: Objective, rows: Sequence[Any], settings: TrainingSettings
+) -> dict[str, float]:
     """Mean loss and metrics of the objective over `rows`, without training; {} when there are none."""
     if not rows:
         return {}
@@ -117,6 +133,8 @@ def measure(model: nn.Module, objective: Objective, rows: Sequence[Any], setting
     model.eval()
     sums: Counter[str] = Counter()
     with torch.no_grad():
+        with autocast(model, settings.precision):
+            objective.before_step(model, rows)
         for group in micro_batches([objective.tokens(row) for row in rows], settings.batch_tokens):
             with autocast(model, settings.precision):
                 loss, more = objective(model, [rows[i] for i in group])
@@ -128,12 +146,12 @@ def measure(model: nn.Module, objective: Objective, rows: Sequence[Any], setting
 
 def autocast(model: nn.Module, precision: str) -> torch.autocast:
     """Arithmetic in the precision asked for; weights that train stay float32."""
-    device = next(model.parameters()).device.type
-    dtype = compute_dtype(precision)
-    return torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+    config: Any = model.config
+    dtype = compute_dtype(precision, width_of(config))
+    return torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
-class _StepTrainer(Trainer):
+class _StepTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
     """transformers' Trainer with our optimiser step, our log and our check for finite numbers."""
 
     bar: Bar
@@ -159,6 +177,8 @@ class _StepTrainer(Trainer):
         lengths = [objective.tokens(row) for row in rows]
         weight = objective.weight(rows)
         total = torch.zeros((), device=self.args.device)
+        with autocast(model, settings.precision):
+            objective.before_step(model, rows)
         for group in micro_batches(lengths, settings.batch_tokens):
             with autocast(model, settings.precision):
                 loss, sums = objective(model, [rows[i] for i in group])
@@ -201,7 +221,7 @@ class _StepTrainer(Trainer):
         mark_complete(self.task.state, self.state.global_step)
 
 
-class _AtStepEnd(TrainerCallback):
+class _AtStepEnd(TrainerCallback):  # type: ignore[misc]
     """After each step: stop and save when a signal asked for it; a few times in a run, measure the held-out rows."""
 
     def __init__(self, trainer: _StepTrainer) -> None:

@@ -111,7 +111,8 @@ class Prompt:
         return _without_empty(prompt=_rows(self.messages), expected=self.expected)
 
 
-Example = Document | Conversation | Preference | Rated | Prompt
+Question = Conversation | Preference | Rated | Prompt  # what has a prompt that can be answered
+Example = Document | Question
 
 
 def example_from_row(row: Mapping[str, Any]) -> Example:
@@ -132,8 +133,10 @@ def example_from_row(row: Mapping[str, Any]) -> Example:
     return Prompt(prompt, expected)
 
 
-def prompt_of(example: Conversation | Preference | Rated | Prompt) -> Messages:
-    """The turns that a model would be asked to go on from: all before the last assistant turns."""
+def prompt_of(example: Example) -> Messages:
+    """The turns that a model would be asked to go on from: all before the last assistant turn. A document has none."""
+    if isinstance(example, Document):
+        return ()
     if isinstance(example, Preference | Rated):
         return example.prompt
     if isinstance(example, Prompt):

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from align.data.examples import Example
-from align.data.prepare import PreparedData
+from align.data.examples import Question
+from align.data.prepared import PreparedData
 from align.judge import Judge
-from align.models import Source
+from align.models.source import Source
 from align.recipe import EvaluationSettings
 
 
@@ -26,7 +26,7 @@ class Inputs:
     parent: Source
     parent_id: str
     data: PreparedData
-    questions: Sequence[Example]
+    questions: Sequence[Question]
     judge: Judge | None
     template: str | None
     seed: int

@@ -1,0 +1,79 @@
+"""The command line: parse, one call, echo. Nothing heavy is imported before a command needs it.
+
+An AlignError ends with its own exit code and no traceback; anything else is a bug of ours and shows one.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+
+from align import __version__
+from align.cli.checkpoints import checkpoints_group
+from align.cli.data import data_group
+from align.cli.merge import merge_command
+from align.cli.recipes import doctor_command, init_command, recipe_group
+from align.cli.report import report_command
+from align.cli.run import check_command, plan_command, run_command, stage_commands
+from align.cli.runs import runs_group
+from align.cli.use import chat_command, eval_command, generate_command, score_command
+from align.errors import AlignError
+
+COMMANDS = [
+    run_command,
+    *stage_commands,
+    plan_command,
+    check_command,
+    init_command,
+    report_command,
+    data_group,
+    checkpoints_group,
+    runs_group,
+    generate_command,
+    chat_command,
+    score_command,
+    eval_command,
+    merge_command,
+    recipe_group,
+    doctor_command,
+]
+
+
+class _InOrder(click.Group):
+    """Lists the commands in the order of a user's work, not of the alphabet."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=_InOrder, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="align")
+def cli() -> None:
+    """From a base language model to an aligned one by one recipe, with every weight's origin on record."""
+
+
+for command in COMMANDS:
+    cli.add_command(command)
+
+
+def main() -> None:
+    """Entry point of the `align` command."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        cli.main(standalone_mode=False)
+    except AlignError as error:
+        click.secho(f"error: {error.message}", fg="red", err=True)
+        if error.hint:
+            click.echo(f"  {error.hint}", err=True)
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("stopped", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stdout = None  # type: ignore[assignment]  # the reader went away; nothing is left to say
+        sys.exit(0)

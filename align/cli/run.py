@@ -1,0 +1,163 @@
+"""`align run`, the commands of single stages, `align plan` and `align check`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from align.origins import Workshop
+    from align.run import Done
+
+DEFAULT_RECIPE = "recipes/quickstart.yaml"
+KINDS = {
+    "pretrain": "Train every token of plain text",
+    "sft": "Supervised fine-tuning",
+    "adapter": "Supervised fine-tuning of an adapter",
+    "reward": "Train a reward model from preference pairs",
+    "dpo": "Optimise a policy on preference pairs",
+}
+
+recipe_argument = click.argument("recipe", required=False, type=click.Path(path_type=Path))
+set_option = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting, as in stages.sft.epochs=3."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+
+
+def run_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that every command which runs stages has."""
+    force = click.option("--force", multiple=True, metavar="STAGE", help="Run this stage again though nothing changed.")
+    report = click.option(
+        "--report", "report_path", type=click.Path(path_type=Path), help="Where the report page goes at the end."
+    )
+    return recipe_argument(set_option(force(report(json_option(command)))))
+
+
+@click.command("run")
+@click.option("--stage", "stages", multiple=True, metavar="NAME", help="Only this stage and what it needs; repeatable.")
+@run_options
+def run_command(
+    recipe: Path | None,
+    stages: tuple[str, ...],
+    overrides: tuple[str, ...],
+    force: tuple[str, ...],
+    report_path: Path | None,
+    as_json: bool,
+) -> None:
+    """Run the chain of RECIPE; what is unchanged is reused, what was stopped goes on."""
+    run_stages(open_workshop(recipe, overrides), stages, force, report_path, as_json=as_json)
+
+
+def stage_command(kind: str, summary: str) -> click.Command:
+    """The command that runs the stages of one kind, with what they need."""
+
+    @click.command(kind, help=f"{summary}: the stages of that kind in RECIPE, with what they need.")
+    @run_options
+    def command(
+        recipe: Path | None,
+        overrides: tuple[str, ...],
+        force: tuple[str, ...],
+        report_path: Path | None,
+        as_json: bool,
+    ) -> None:
+        from align.recipe_graph import stages_of_kind
+
+        workshop = open_workshop(recipe, overrides)
+        run_stages(workshop, stages_of_kind(workshop.recipe, kind), force, report_path, as_json=as_json)
+
+    return command
+
+
+stage_commands = [stage_command(kind, summary) for kind, summary in KINDS.items()]
+
+
+@click.command("plan")
+@recipe_argument
+@set_option
+@json_option
+def plan_command(recipe: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Say what would run, what is reused and why, with predicted memory and time. Changes nothing."""
+    from align.plan import plan
+
+    planned = plan(open_workshop(recipe, overrides, create=False))
+    if as_json:
+        click.echo(json.dumps([stage.as_dict() for stage in planned], indent=2))
+        return
+    from align.console import plan_table, print_table
+
+    print_table(plan_table(planned))
+
+
+@click.command("check")
+@recipe_argument
+@set_option
+@json_option
+def check_command(recipe: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Find every error that can be found without training, and report on the data."""
+    from align.checks import check_recipe
+
+    found = check_recipe(open_workshop(recipe, overrides, create=False))
+    if as_json:
+        click.echo(json.dumps([data.as_dict() for data in found], indent=2))
+        return
+    from align.console import data_table, print_table
+
+    print_table(data_table(found))
+    click.echo("The recipe can run.")
+
+
+def open_workshop(recipe: Path | None, overrides: tuple[str, ...], *, create: bool = True) -> Workshop:
+    """The recipe (default: $ALIGN_RECIPE, else recipes/quickstart.yaml) with the registry it works in."""
+    from align.origins import Workshop
+    from align.recipe_file import load_recipe
+    from align.registry import Registry
+
+    path = recipe or Path(os.environ.get("ALIGN_RECIPE") or DEFAULT_RECIPE)
+    return Workshop(load_recipe(path, overrides), path.parent.absolute(), Registry.open(create=create))
+
+
+def run_stages(
+    workshop: Workshop,
+    stages: tuple[str, ...] | list[str],
+    force: tuple[str, ...],
+    report: Path | None,
+    *,
+    as_json: bool,
+) -> None:
+    """Run, then say what came out: a table of held-out numbers, and the report page."""
+    from align.console import ConsoleProgress
+    from align.quiet import libraries_quiet
+    from align.run import run_recipe
+    from align.stopping import signals_handled
+
+    libraries_quiet()
+    progress = ConsoleProgress()
+    with signals_handled():
+        done = run_recipe(workshop, progress, stages, force)
+    page = _write_report(workshop, report)
+    if as_json:
+        click.echo(json.dumps([_summary(entry) for entry in done], indent=2))
+        return
+    from align.console import print_table, stage_table
+
+    print_table(stage_table([entry.checkpoint for entry in done]))
+    click.echo(f"Report: {page}")
+
+
+def _write_report(workshop: Workshop, out: Path | None) -> Path:
+    from align.report.page import write_report
+
+    page = out or workshop.registry.home / "reports" / f"{workshop.recipe.name}.html"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    write_report(workshop.registry, workshop.recipe.name, page)
+    return page
+
+
+def _summary(done: Done) -> dict[str, Any]:
+    return {"action": done.planned.action, "why": done.planned.why, "checkpoint": done.checkpoint.as_dict()}

@@ -1,0 +1,122 @@
+"""What a recipe would do now: which stages run, which are reused or go on, why, and what they will cost.
+
+Nothing is changed by a plan. A stage whose parent is still to be made has no key yet, so it is planned to run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from align.errors import AlignError
+from align.estimate import Estimate, Shape, estimate
+from align.origins import Origin, Workshop
+from align.recipe import TrainingSettings
+from align.recipe_graph import needed
+from align.registry import CheckpointRecord
+
+Action = Literal["run", "reuse", "resume"]
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """One line of a plan. `made` is the checkpoint that is reused; peak memory and time are None where unknown."""
+
+    name: str
+    kind: str
+    action: Action
+    why: str
+    key: str | None
+    estimate: Estimate
+    made: CheckpointRecord | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {
+            "name": self.name, "kind": self.kind, "action": self.action, "why": self.why, "key": self.key,
+            "checkpoint": self.made.id if self.made else None,
+            "peak_memory_bytes": self.estimate.peak_memory_bytes, "seconds": self.estimate.seconds,
+        }  # fmt: skip
+
+
+def plan(workshop: Workshop, stages: Sequence[str] = (), force: Sequence[str] = ()) -> list[PlannedStage]:
+    """The named stages (all, when none is named) and all they need, in the order in which they run."""
+    order = needed(workshop.recipe, list(stages) or list(workshop.recipe.stages))
+    needed(workshop.recipe, list(force))  # a forced stage that does not exist is refused
+    made: dict[str, CheckpointRecord] = {}
+    planned = []
+    for name in order:
+        entry = planned_stage(workshop, name, made, forced=name in force)
+        if entry.made is not None:
+            made[name] = entry.made
+        planned.append(entry)
+    return planned
+
+
+def planned_stage(
+    workshop: Workshop, name: str, made: Mapping[str, CheckpointRecord], *, forced: bool = False
+) -> PlannedStage:
+    """What is to be done for one stage. `made`: checkpoints of the stages before it that are up to date."""
+    kind = workshop.stage(name).kind
+    cost = _cost(workshop, name)
+    origin = workshop.starting_point(name, made)
+    if origin is None:
+        return PlannedStage(
+            name, kind, "run", f"starts from {workshop.stage(name).from_}, which will be new", None, cost
+        )
+    key = workshop.key(name, origin)
+    found = workshop.registry.checkpoint_by_key(key)
+    if found is not None and not forced:
+        return PlannedStage(name, kind, "reuse", f"made on {found.created[:16]}, nothing changed", key, cost, found)
+    if workshop.registry.resumable(key) is not None and not forced:
+        return PlannedStage(name, kind, "resume", "was stopped; goes on from its last saved state", key, cost)
+    return PlannedStage(name, kind, "run", "forced" if forced else _why_new(workshop, name, origin), key, cost)
+
+
+def _why_new(workshop: Workshop, name: str, origin: Origin) -> str:
+    """What differs from the newest checkpoint of that name."""
+    try:
+        newest = workshop.registry.checkpoint(workshop.full_name(name))
+    except AlignError:
+        return "not made yet"
+    before, now = newest.recipe, workshop.ingredients(name, origin)
+    differences = list(_differences(before, now))
+    return "changed: " + ", ".join(differences[:3]) if differences else "made otherwise"
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> list[str]:
+    found = []
+    for key in sorted({*before, *now}):
+        old, new, where = before.get(key), now.get(key), f"{path}{key}"
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += _differences(old, new, f"{where}.")
+        elif old != new:
+            hashed = any(isinstance(value, str) and len(value) == 64 for value in (old, new))
+            found.append(where if hashed else f"{where} {json.dumps(old)} -> {json.dumps(new)}")
+    return found
+
+
+def _cost(workshop: Workshop, name: str) -> Estimate:
+    settings = workshop.stage(name)
+    if not isinstance(settings, TrainingSettings):
+        return Estimate(None, None)
+    half = settings.precision == "bfloat16"
+    return estimate(settings, _shape(workshop), _data_bytes(workshop, settings.data), half=half)
+
+
+def _shape(workshop: Workshop) -> Shape | None:
+    config = Path(workshop.model.source.root.path) / "config.json"
+    return Shape.of(json.loads(config.read_text(encoding="utf-8"))) if config.is_file() else None
+
+
+def _data_bytes(workshop: Workshop, name: str) -> int | None:
+    """Size of a data set's training part once it is registered; before, of its file; None when it lies elsewhere."""
+    record = workshop.registry.data_by_key(workshop.data_key(name))
+    if record is not None:
+        return (record.path / "train.jsonl").stat().st_size
+    path = workshop.recipe.data[name].path
+    file = workshop.folder / path if path else None
+    return file.stat().st_size if file is not None and file.is_file() else None

@@ -1,0 +1,19 @@
+"""Libraries that talk too much while stages work: only their errors get through."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+TALKATIVE = ("transformers", "peft", "trl", "accelerate", "bitsandbytes", "datasets", "torch.distributed")
+
+
+def libraries_quiet() -> None:
+    """Keep warnings and progress bars of the libraries off the terminal; align says itself what matters."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|accelerate|bitsandbytes)\b.*")

@@ -1,0 +1,177 @@
+"""The whole story: plan a stage, resolve its inputs, call it, record what came out, and so on down the chain.
+
+A stage gets checked paths and values and writes into an empty folder; only this file speaks to the registry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from align.checks import check_rows
+from align.data.examples import Document, Question
+from align.data.prepared import DataReport, PreparedData
+from align.judge import Judge
+from align.origins import Origin, Workshop, library_versions
+from align.plan import PlannedStage, planned_stage
+from align.progress import Progress
+from align.recipe import TrainingSettings
+from align.recipe_file import resolved
+from align.recipe_graph import needed
+from align.registry import CheckpointRecord, DataUse, Run
+from align.stages import dpo, merge, reward, sft
+from align.stages.stage import Inputs, Outcome
+
+STAGES: dict[str, Callable[[Any, Inputs, Path, Progress], Outcome]] = {
+    "pretrain": sft.run,
+    "sft": sft.run,
+    "reward": reward.run,
+    "dpo": dpo.run,
+    "merge": merge.run,
+}
+
+
+@dataclass(frozen=True)
+class Done:
+    """One stage of a finished chain: what was planned, and the checkpoint there is now."""
+
+    planned: PlannedStage
+    checkpoint: CheckpointRecord
+
+
+class RunProgress(Progress):
+    """Passes everything on to the watcher, and keeps metrics and notes with the run."""
+
+    def __init__(self, watcher: Progress, run: Run) -> None:
+        self.watcher, self.run = watcher, run
+        self.bar = watcher.bar  # type: ignore[method-assign]
+
+    def note(self, text: str) -> None:
+        self.run.log(text)
+        self.watcher.note(text)
+
+    def metrics(self, step: int, values: Any) -> None:
+        self.run.log_metrics(step, values)
+
+    def rewind(self, step: int) -> None:
+        self.run.truncate_metrics(step)
+
+
+def run_recipe(
+    workshop: Workshop, progress: Progress, stages: Sequence[str] = (), force: Sequence[str] = ()
+) -> list[Done]:
+    """Make the named stages (all, when none is named) and all they need; what is unchanged is reused.
+
+    Raises AlignError before anything is trained for whatever is wrong with recipe, data, model or judge.
+    """
+    order = needed(workshop.recipe, list(stages) or list(workshop.recipe.stages))
+    needed(workshop.recipe, list(force))  # a forced stage that does not exist is refused
+    for run_id in workshop.registry.recover():
+        progress.note(f"run {run_id} had finished when it was killed; its result is registered now")
+    names = dict.fromkeys(name for stage in order for name in workshop.data_names(stage))
+    prepared = {name: workshop.data(name)[1] for name in names}
+    for name in order:
+        check_rows_of(workshop, name, prepared)
+    judge = workshop.judge()
+    made: dict[str, CheckpointRecord] = {}
+    done = []
+    for name in order:
+        planned = planned_stage(workshop, name, made, forced=name in force)
+        progress.note(f"{workshop.full_name(name)}: {planned.action} ({planned.why})")
+        if planned.made is None:
+            origin = workshop.starting_point(name, made)
+            assert origin is not None, "stages before this one have just been made"
+            made[name] = _execute(workshop, name, origin, prepared, judge, progress)
+        else:
+            made[name] = planned.made
+        done.append(Done(planned, made[name]))
+    return done
+
+
+def _execute(
+    workshop: Workshop,
+    name: str,
+    origin: Origin,
+    prepared: dict[str, PreparedData],
+    judge: Judge | None,
+    progress: Progress,
+) -> CheckpointRecord:
+    """Run one stage and register what it made; a run of the same key that was stopped goes on."""
+    settings, registry = workshop.stage(name), workshop.registry
+    ingredients, uses = workshop.ingredients(name, origin), data_uses(workshop, name)
+    stopped = registry.resumable(workshop.key(name, origin))
+    begun = (
+        registry.resume_run(stopped.id)
+        if stopped
+        else registry.begin_run(
+            recipe=workshop.recipe.name,
+            stage=name,
+            kind=settings.kind,
+            key=workshop.key(name, origin),
+            settings={**ingredients, "recipe": resolved(workshop.recipe), "folder": str(workshop.folder)},
+            inputs={"parent": origin.name, "parent_id": origin.id, "data": {use.name: use.id for use in uses}},
+            seed=workshop.seed(name),
+        )
+    )
+    with begun as run:
+        inputs = _inputs(workshop, name, origin, prepared, judge, run)
+        outcome = STAGES[settings.kind](settings, inputs, run.artifact, RunProgress(progress, run))
+        return run.finish_checkpoint(
+            name=workshop.full_name(name),
+            kind=outcome.kind,
+            parents=[origin.id],
+            data=uses,
+            template_sha256=outcome.template_sha256,
+            metrics={**outcome.metrics, "lengths": outcome.lengths} if outcome.lengths else outcome.metrics,
+            samples=outcome.samples,
+            versions=library_versions(),
+        )
+
+
+def _inputs(
+    workshop: Workshop,
+    name: str,
+    origin: Origin,
+    prepared: dict[str, PreparedData],
+    judge: Judge | None,
+    run: Run,
+) -> Inputs:
+    settings, recipe = workshop.stage(name), workshop.recipe
+    data = (
+        prepared[settings.data]
+        if isinstance(settings, TrainingSettings)
+        else PreparedData("none", [], [], DataReport())
+    )
+    asked = recipe.evaluation.prompts
+    return Inputs(
+        parent=origin.source,
+        parent_id=origin.id,
+        data=data,
+        questions=_questions(prepared[asked] if asked else data),
+        judge=judge,
+        template=workshop.template(),
+        seed=workshop.seed(name),
+        evaluation=recipe.evaluation,
+        work=run.work / "state",
+        cache=workshop.registry.home / "cache",
+        log_to=recipe.log_to,
+    )
+
+
+def data_uses(workshop: Workshop, name: str) -> list[DataUse]:
+    """The registered data sets that a stage trains on and is measured on."""
+    records = {data: workshop.data(data)[0] for data in workshop.data_names(name)}
+    return [DataUse(data, record.id, int(record.info.get("train_rows", 0))) for data, record in records.items()]
+
+
+def check_rows_of(workshop: Workshop, name: str, prepared: dict[str, PreparedData]) -> None:
+    """Raises AlignError when a stage cannot use the rows of its data set; before anything is trained."""
+    stage = workshop.stage(name)
+    if isinstance(stage, TrainingSettings):
+        check_rows(name, stage, prepared[stage.data])
+
+
+def _questions(data: PreparedData) -> list[Question]:
+    return [example for example in data.test if not isinstance(example, Document)]

@@ -1,0 +1,156 @@
+"""Direct preference optimisation and its family. The reference is the checkpoint that the stage starts from.
+
+Its log-probabilities are computed once, while the policy still is the reference, and kept by content: a sweep over beta
+or a resumed run reads them back. No second model is held while training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from align.chat import Encoded, EncodedPair
+from align.data.examples import Preference, Rated
+from align.errors import AlignError
+from align.evaluation import as_metrics, kl_numbers, preference_numbers
+from align.models.loading import load_policy
+from align.models.saving import save_checkpoint
+from align.preference_losses import Pair
+from align.progress import Progress
+from align.recipe import DpoSettings, KtoLoss, SigmoidLoss
+from align.scoring import AnswerLogps, answer_logps, pair_logps, reply_row
+from align.stages.bench import Bench, judged, samples
+from align.stages.encoding import Desk
+from align.stages.objectives import ComparedPair, PreferenceLoss, RatedLoss, RatedRow
+from align.stages.reference import as_floats, reference_logps, rotated
+from align.stages.stage import Inputs, Outcome
+from align.trainer import Objective, Task, train
+
+
+def run(settings: DpoSettings, inputs: Inputs, folder: Path, progress: Progress) -> Outcome:
+    """Train on pairs (KTO: on rated replies). Measured on held-out pairs and questions, before and after."""
+    stage = _Dpo(settings, inputs, Desk.open(settings, inputs.parent, inputs.template), progress)
+    model = stage.open(trainable=True)
+    bench = Bench(stage.desk, inputs, progress)
+    rows = stage.rows(model, inputs.data.train, "training")
+    lengths = stage.desk.encoder.lengths.as_dict()
+    held_out = stage.rows(model, inputs.data.test, "held-out")
+    before, ranked_before = bench.answers(model), stage.ranking(model, held_out)
+    measured = held_out[: inputs.evaluation.rows]
+    task = Task(model, stage.objective(), rows, measured, settings, inputs.seed, inputs.work, inputs.log_to)
+    train(task, progress)
+    after, ranked_after = bench.answers(model), stage.ranking(model, held_out)
+    metrics = {
+        **as_metrics(ranked_before, "before."),
+        **as_metrics(ranked_after, "after."),
+        **as_metrics(stage.drift(model, bench), "after."),
+        **judged(before, after),
+    }
+    save_checkpoint(model, stage.desk.tokenizer, folder)
+    return Outcome(
+        kind="adapter" if settings.adapter or inputs.parent.is_adapter else "model",
+        template_sha256=stage.desk.template_sha256,
+        metrics=metrics,
+        samples=samples(before, after, inputs.evaluation.samples),
+        lengths=lengths,
+    )
+
+
+@dataclass(frozen=True)
+class _Dpo:
+    """What the steps of one run share."""
+
+    settings: DpoSettings
+    inputs: Inputs
+    desk: Desk
+    progress: Progress
+
+    def open(self, *, trainable: bool) -> nn.Module:
+        """The parent: as the policy that trains, or once more as the frozen reference."""
+        return load_policy(
+            self.inputs.parent,
+            quantize=self.settings.quantize,
+            adapter=self.settings.adapter if trainable else None,
+            trainable=trainable,
+            tokenizer=self.desk.tokenizer,
+            precision=self.settings.precision,
+            seed=self.inputs.seed,
+            gradient_checkpointing=self.settings.gradient_checkpointing,
+        )
+
+    def objective(self) -> Objective:
+        """The loss that the recipe chose."""
+        loss, beta, pad_id = self.settings.loss, self.settings.beta, self.desk.pad_id
+        if isinstance(loss, KtoLoss):
+            return RatedLoss(pad_id, loss, beta=beta, batch_tokens=self.settings.batch_tokens)
+        return PreferenceLoss(pad_id, loss, beta=beta)
+
+    def rows(self, model: nn.Module, examples: Sequence[Any], what: str) -> list[Any]:
+        """Encoded rows with their reference log-probabilities; `model` must still be the reference."""
+        if isinstance(self.settings.loss, KtoLoss):
+            return self._rated_rows(model, [part for example in examples for part in _rated(example)], what)
+        pairs: list[EncodedPair] = self.desk.rows(examples, what)
+        if not isinstance(self.settings.loss, SigmoidLoss) and any(p.probability not in (None, 1.0) for p in pairs):
+            raise AlignError(
+                f"the {what} pairs have soft labels (probability), and loss '{self.settings.loss.kind}' cannot use them",
+                "Use loss: sigmoid, or remove the column.",
+            )
+        sides = [side for pair in pairs for side in (pair.chosen, pair.rejected)]
+        logps = as_floats(self._reference(model, sides).sums)
+        return [ComparedPair(pair, *logps[2 * i : 2 * i + 2]) for i, pair in enumerate(pairs)]
+
+    def ranking(self, model: nn.Module, rows: Sequence[Any]) -> dict[str, Any]:
+        """Accuracy and margin of the implicit reward on held-out pairs; {} for rated replies."""
+        if isinstance(self.settings.loss, KtoLoss) or not rows:
+            return {}
+        policy = pair_logps(model, [row.pair for row in rows], progress=self.progress).logps
+        reference = Pair(
+            policy.chosen.new_tensor([r.chosen for r in rows]), policy.chosen.new_tensor([r.rejected for r in rows])
+        )
+        return preference_numbers(policy, reference, beta=self.settings.beta, seed=self.inputs.seed)
+
+    def drift(self, model: nn.Module, bench: Bench) -> dict[str, Any]:
+        """KL from the reference, on replies that the policy samples to the held-out questions."""
+        sampled = bench.answers(model, temperature=1.0)
+        rows = [reply_row(prompt, reply.ids) for prompt, reply in zip(sampled.prompts, sampled.replies, strict=True)]
+        if not rows:
+            return {}
+        policy = answer_logps(model, rows, progress=self.progress)
+        return kl_numbers(policy, answer_logps(self.open(trainable=False), rows, progress=self.progress))
+
+    def _rated_rows(self, model: nn.Module, examples: Sequence[Rated], what: str) -> list[RatedRow]:
+        kept, rows = [], []
+        for example in examples:
+            row = self.desk.encoder.rated(example)
+            if row is not None:
+                kept.append(example.desirable)
+                rows.append(row)
+        if examples and len(rows) < 2:
+            raise AlignError(
+                f"{len(rows)} {what} replies are left of {len(examples)}; KTO needs two", "Raise max_length."
+            )
+        mismatched = rotated(rows, [row.trained.index(True) for row in rows])
+        logps = as_floats(self._reference(model, [*rows, *mismatched]).sums)
+        return [
+            RatedRow(row, good, logps[i], mismatched[i], logps[len(rows) + i])
+            for i, (row, good) in enumerate(zip(rows, kept, strict=True))
+        ]
+
+    def _reference(self, model: nn.Module, rows: Sequence[Encoded]) -> AnswerLogps:
+        settings = self.settings
+        ingredients = [self.inputs.parent_id, settings.quantize, settings.precision]
+        return reference_logps(model, rows, self.inputs.cache, ingredients, self.progress)
+
+
+def _rated(example: Preference | Rated) -> list[Rated]:
+    """Rated replies as they are; a pair as a good and a bad one."""
+    if isinstance(example, Rated):
+        return [example]
+    return [
+        Rated(example.prompt, example.chosen, True, example.expected),
+        Rated(example.prompt, example.rejected, False, example.expected),
+    ]

@@ -1,0 +1,105 @@
+"""From the examples of a stage to its encoded rows: the tokenizer, the encoder, the longest row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from align.chat import Encoder, check_template, prepare_tokenizer, template_sha256
+from align.data.examples import Conversation, Document, Example, Preference, Rated
+from align.errors import AlignError
+from align.models.loading import load_tokenizer, model_config
+from align.models.source import Source
+from align.recipe import TrainingSettings
+
+LONGEST_ROW = 2048  # tokens; max_length where the recipe gives none and the model could take more
+
+
+@dataclass(frozen=True)
+class Desk:
+    """Tokenizer and encoder of one stage."""
+
+    tokenizer: PreTrainedTokenizerBase
+    encoder: Encoder
+    max_length: int
+    context: int
+
+    @classmethod
+    def open(cls, settings: TrainingSettings, parent: Source, template: str | None) -> Desk:
+        """Tokenizer of the parent, with our template where it has none, and an encoder for these settings.
+
+        Raises AlignError when the template does not hold what it must, or max_length is beyond the model's context.
+        """
+        tokenizer = load_tokenizer(parent)
+        prepare_tokenizer(tokenizer, template)
+        check_template(tokenizer)
+        context = context_of(parent)
+        longest = _longest_row(settings, context)
+        encoder = Encoder(
+            tokenizer,
+            max_length=longest,
+            too_long=settings.too_long,
+            cut_prompt=settings.cut_prompt,
+            train_on=getattr(settings, "train_on", "assistant"),
+        )
+        return cls(tokenizer, encoder, longest, context)
+
+    @property
+    def pad_id(self) -> int:
+        """Filler for batches; never looked at, since every batch carries its mask."""
+        pad = self.tokenizer.pad_token_id
+        return 0 if pad is None else int(pad)
+
+    @property
+    def template_sha256(self) -> str:
+        """Hash of the template that every row goes through."""
+        return template_sha256(self.tokenizer)
+
+    def rows(self, examples: Sequence[Example], what: str) -> list[Any]:
+        """Encoded rows, without those that the length policy drops. Raises AlignError when none of them is left."""
+        found = [row for example in examples for row in self._encoded(example) if row is not None]
+        if examples and not found:
+            raise AlignError(
+                f"none of the {len(examples)} {what} rows is left: {_reasons(self.encoder.lengths.as_dict())}",
+                f"Raise max_length (now {self.max_length}), or set too_long: cut or cut_prompt: true.",
+            )
+        return found
+
+    def _encoded(self, example: Example) -> Sequence[Any]:
+        match example:
+            case Document():
+                return self.encoder.documents(example)
+            case Conversation():
+                return [self.encoder.conversation(example)]
+            case Preference():
+                return [self.encoder.preference(example)]
+            case Rated():
+                return [self.encoder.rated(example)]
+        raise AssertionError("a prompt alone is not trained on")
+
+
+def context_of(parent: Source) -> int:
+    """Most tokens that the model can take; LONGEST_ROW where its config does not say."""
+    config = model_config(parent).get_text_config()
+    return int(getattr(config, "max_position_embeddings", None) or LONGEST_ROW)
+
+
+def _longest_row(settings: TrainingSettings, context: int) -> int:
+    if settings.max_length is None:
+        return min(context, LONGEST_ROW)
+    if settings.max_length > context:
+        raise AlignError(
+            f"max_length is {settings.max_length}, and the model's context is {context} tokens",
+            f"Set max_length to {context} or less.",
+        )
+    return settings.max_length
+
+
+def _reasons(counts: dict[str, int]) -> str:
+    names = {"dropped": "too long", "without_answer": "without a token to train", "equal_pairs": "equal pairs"}
+    return (
+        ", ".join(f"{counts[name]} {words}" for name, words in names.items() if counts.get(name)) or "nothing to train"
+    )

@@ -1,0 +1,220 @@
+"""What each stage asks of the model, as objectives for the one loop: sums over rows, divided there by the whole step.
+
+The equations stand in losses.py; here they meet models and batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from align.batches import Batch, micro_batches, pad
+from align.chat import Encoded, EncodedPair
+from align.losses import bradley_terry_loss, nll_sum, scored_tokens, sequence_logps, token_logps
+from align.models.rewards import reward_scores
+from align.preference_losses import (
+    Pair,
+    apo_zero_loss,
+    cpo_loss,
+    hinge_loss,
+    ipo_loss,
+    kto_kl,
+    kto_loss,
+    margins,
+    orpo_loss,
+    robust_loss,
+    sigmoid_loss,
+    simpo_loss,
+)
+from align.recipe import (
+    ApoZeroLoss,
+    CpoLoss,
+    DpoLoss,
+    HingeLoss,
+    IpoLoss,
+    KtoLoss,
+    OrpoLoss,
+    RobustLoss,
+    SigmoidLoss,
+    SimpoLoss,
+)
+from align.trainer import Objective
+
+
+class AnswerLoss(Objective):
+    """Negative log-likelihood of the trained tokens, divided by their number over the whole optimiser step."""
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def weight(self, rows: Sequence[Encoded]) -> float:
+        """Number of trained tokens; the first token of a row has nothing before it to be predicted from."""
+        return float(sum(row.labels for row in rows))
+
+    def tokens(self, row: Encoded) -> int:
+        """Length of the row."""
+        return len(row.ids)
+
+    def __call__(self, model: nn.Module, rows: Sequence[Encoded]) -> tuple[Tensor, dict[str, float]]:
+        """Summed loss."""
+        return nll_sum(response_logps(model, batch_of(model, rows, self.pad_id))), {}
+
+
+class RewardLoss(Objective):
+    """Bradley-Terry on pairs, divided by the number of pairs."""
+
+    def __init__(self, pad_id: int, *, centering: float) -> None:
+        self.pad_id, self.centering = pad_id, centering
+
+    def weight(self, rows: Sequence[EncodedPair]) -> float:
+        """Number of pairs."""
+        return float(len(rows))
+
+    def tokens(self, row: EncodedPair) -> int:
+        """Length of the longer one, twice: both go through the model in one padded batch."""
+        return 2 * max(len(row.chosen.ids), len(row.rejected.ids))
+
+    def __call__(self, model: nn.Module, rows: Sequence[EncodedPair]) -> tuple[Tensor, dict[str, float]]:
+        """Summed loss; how many pairs are ranked right, and the summed margin."""
+        batch = batch_of(model, [r.chosen for r in rows] + [r.rejected for r in rows], self.pad_id)
+        chosen, rejected = reward_scores(model, batch).float().chunk(2)
+        losses = bradley_terry_loss(
+            chosen,
+            rejected,
+            margin=_column([row.margin or 0.0 for row in rows], chosen),
+            probability=_column([1.0 if row.probability is None else row.probability for row in rows], chosen),
+            centering=self.centering,
+        )
+        gap = (chosen - rejected).detach()
+        return losses.sum(), {"accuracy": float((gap > 0).sum()), "margin": float(gap.sum())}
+
+
+@dataclass(frozen=True, slots=True)
+class ComparedPair:
+    """A pair and the log-probabilities of its replies under the reference (0 where the loss needs no reference)."""
+
+    pair: EncodedPair
+    chosen: float
+    rejected: float
+
+
+class PreferenceLoss(Objective):
+    """One of the DPO family on pairs, divided by the number of pairs."""
+
+    def __init__(self, pad_id: int, loss: DpoLoss, *, beta: float) -> None:
+        self.pad_id, self.loss, self.beta = pad_id, loss, beta
+
+    def weight(self, rows: Sequence[ComparedPair]) -> float:
+        """Number of pairs."""
+        return float(len(rows))
+
+    def tokens(self, row: ComparedPair) -> int:
+        """Length of the longer one, twice."""
+        return 2 * max(len(row.pair.chosen.ids), len(row.pair.rejected.ids))
+
+    def __call__(self, model: nn.Module, rows: Sequence[ComparedPair]) -> tuple[Tensor, dict[str, float]]:
+        """Summed loss; how many implicit rewards rank the pair right, and the summed margin beta * (difference)."""
+        pairs = [row.pair for row in rows]
+        batch = batch_of(model, [p.chosen for p in pairs] + [p.rejected for p in pairs], self.pad_id)
+        policy = Pair(*sequence_logps(response_logps(model, batch)).chunk(2))
+        tokens = Pair(*scored_tokens(batch.trained).chunk(2))
+        reference = Pair(
+            _column([row.chosen for row in rows], policy.chosen), _column([row.rejected for row in rows], policy.chosen)
+        )
+        soft = [pair.probability for pair in pairs]
+        probability = None if None in soft else _column([p for p in soft if p is not None], policy.chosen)
+        losses = preference_loss(self.loss, policy, reference, tokens, beta=self.beta, probability=probability)
+        margin = self.beta * margins(policy, reference).detach()
+        return losses.sum(), {"accuracy": float((margin > 0).sum()), "margin": float(margin.sum())}
+
+
+def preference_loss(
+    loss: DpoLoss, policy: Pair, reference: Pair, tokens: Pair, *, beta: float, probability: Tensor | None = None
+) -> Tensor:
+    """Loss per pair, (B,), of the member of the family that the recipe chose."""
+    match loss:
+        case SigmoidLoss():
+            smoothing = loss.label_smoothing
+            return sigmoid_loss(policy, reference, beta=beta, label_smoothing=smoothing, probability=probability)
+        case RobustLoss():
+            return robust_loss(policy, reference, beta=beta, label_smoothing=loss.label_smoothing)
+        case IpoLoss():
+            return ipo_loss(policy, reference, tokens, beta=beta)
+        case HingeLoss():
+            return hinge_loss(policy, reference, beta=beta)
+        case ApoZeroLoss():
+            return apo_zero_loss(policy, reference, beta=beta)
+        case SimpoLoss():
+            return simpo_loss(policy, tokens, beta=beta, target_margin=loss.target_margin)
+        case OrpoLoss():
+            return orpo_loss(policy, tokens, beta=beta)
+        case CpoLoss():
+            return cpo_loss(policy, tokens, beta=beta, answer_weight=loss.answer_weight)
+    raise AssertionError(f"{loss.kind} is not a loss on pairs")
+
+
+@dataclass(frozen=True, slots=True)
+class RatedRow:
+    """A rated reply, and another row's reply put to the same prompt, each with its reference log-probability."""
+
+    row: Encoded
+    desirable: bool
+    reference: float
+    mismatched: Encoded
+    mismatched_reference: float
+
+
+class RatedLoss(Objective):
+    """KTO on rated replies, divided by their number. Its baseline is that of the whole optimiser step."""
+
+    def __init__(self, pad_id: int, loss: KtoLoss, *, beta: float, batch_tokens: int) -> None:
+        self.pad_id, self.loss, self.beta, self.batch_tokens = pad_id, loss, beta, batch_tokens
+        self.kl = torch.zeros(())
+
+    def weight(self, rows: Sequence[RatedRow]) -> float:
+        """Number of replies."""
+        return float(len(rows))
+
+    def tokens(self, row: RatedRow) -> int:
+        """Length of the row."""
+        return len(row.row.ids)
+
+    def before_step(self, model: nn.Module, rows: Sequence[RatedRow]) -> None:
+        """Baseline of this step: the KL estimate of all its mismatched replies together."""
+        logps = torch.zeros(len(rows))
+        with torch.no_grad():
+            for group in micro_batches([len(row.mismatched.ids) for row in rows], self.batch_tokens):
+                batch = batch_of(model, [rows[i].mismatched for i in group], self.pad_id)
+                logps[group] = sequence_logps(response_logps(model, batch)).float().cpu()
+        self.kl = kto_kl(logps, _column([row.mismatched_reference for row in rows], logps))
+
+    def __call__(self, model: nn.Module, rows: Sequence[RatedRow]) -> tuple[Tensor, dict[str, float]]:
+        """Summed loss; how many implicit rewards have the sign of their rating."""
+        batch = batch_of(model, [row.row for row in rows], self.pad_id)
+        policy = sequence_logps(response_logps(model, batch))
+        reference = _column([row.reference for row in rows], policy)
+        desirable = torch.tensor([row.desirable for row in rows], device=policy.device)
+        losses = kto_loss(
+            policy, reference, desirable, self.kl.to(policy), beta=self.beta,
+            desirable_weight=self.loss.desirable_weight, undesirable_weight=self.loss.undesirable_weight,
+        )  # fmt: skip
+        right = ((policy.detach() > reference) == desirable).sum()
+        return losses.sum(), {"accuracy": float(right), "kl": float(self.kl) * len(rows)}
+
+
+def batch_of(model: nn.Module, rows: Sequence[Encoded], pad_id: int) -> Batch:
+    """Rows as one padded batch where the model is."""
+    return pad(rows, pad_id).to(next(model.parameters()).device)
+
+
+def response_logps(model: nn.Module, batch: Batch) -> Tensor:
+    """Log-probabilities of the trained tokens, (B, T - 1), zero elsewhere."""
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    return token_logps(logits, batch.input_ids, batch.trained)
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device)

@@ -1,0 +1,56 @@
+"""Supervised fine-tuning and pretraining: the likelihood of answers, or of every token of plain text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from align.chat import Encoded
+from align.evaluation import as_metrics, policy_numbers
+from align.models.loading import load_policy
+from align.models.saving import save_checkpoint
+from align.progress import Progress
+from align.recipe import PretrainSettings, SftSettings
+from align.stages.bench import Bench, judged, samples
+from align.stages.encoding import Desk
+from align.stages.objectives import AnswerLoss
+from align.stages.stage import Inputs, Outcome
+from align.trainer import Task, train
+
+
+def run(settings: SftSettings | PretrainSettings, inputs: Inputs, folder: Path, progress: Progress) -> Outcome:
+    """Train on the rows of `inputs.data`; held-out loss and answers are measured before and after."""
+    desk = Desk.open(settings, inputs.parent, inputs.template)
+    bench = Bench(desk, inputs, progress)
+    rows = desk.rows(inputs.data.train, "training")
+    lengths = desk.encoder.lengths.as_dict()
+    held_out = desk.rows(inputs.data.test, "held-out")[: inputs.evaluation.rows]
+    model = load_policy(
+        inputs.parent,
+        quantize=settings.quantize,
+        adapter=settings.adapter,
+        trainable=True,
+        from_scratch=isinstance(settings, PretrainSettings) and settings.from_scratch,
+        tokenizer=desk.tokenizer,
+        precision=settings.precision,
+        seed=inputs.seed,
+        gradient_checkpointing=settings.gradient_checkpointing,
+    )
+    before, loss_before = bench.answers(model), _likelihood(model, held_out, inputs, progress)
+    task = Task(model, AnswerLoss(desk.pad_id), rows, held_out, settings, inputs.seed, inputs.work, inputs.log_to)
+    train(task, progress)
+    after, loss_after = bench.answers(model), _likelihood(model, held_out, inputs, progress)
+    save_checkpoint(model, desk.tokenizer, folder)
+    return Outcome(
+        kind="adapter" if settings.adapter or inputs.parent.is_adapter else "model",
+        template_sha256=desk.template_sha256,
+        metrics={**as_metrics(loss_before, "before."), **as_metrics(loss_after, "after."), **judged(before, after)},
+        samples=samples(before, after, inputs.evaluation.samples),
+        lengths=lengths,
+    )
+
+
+def _likelihood(model: nn.Module, rows: list[Encoded], inputs: Inputs, progress: Progress) -> dict[str, Any]:
+    return policy_numbers(model, rows, seed=inputs.seed, progress=progress)
