@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from align.errors import AlignError
 from align.models import (
     load_policy,
     load_tokenizer,
-    model_config,
     save_checkpoint,
     source_of,
     trainable_parameters,
@@ -283,168 +279,3 @@ def test_dropout_of_a_new_adapter_is_as_its_settings_say_and_off_in_a_continued_
     assert not torch.equal(loss(model), loss(model))
     again = load_policy(source_of(save(model, tmp_path / "saved", tiny_llama)), trainable=True)
     assert torch.equal(loss(again), loss(again))
-
-
-# Added tokens (A34) --------------------------------------------------------------------------------------------------
-
-
-def tokens_trained(make: Callable[..., Any], base: Path, folder: Path, **way: Any) -> tuple[Any, Any]:
-    tokenizer = load_tokenizer(source_of(base))
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>", "<|end|>"]})
-    model = make(source_of(base), trainable=True, tokenizer=tokenizer, **way)
-    added = tokenizer.convert_tokens_to_ids(["<|turn|>", "<|end|>"])
-    ids = IDS.clone()
-    ids[:, ::3], ids[:, 1::3] = added
-    before = logits_of(model, ids)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(3):
-        model(ids, labels=ids, use_cache=False).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert (logits_of(model, ids) - before).abs().max() > 1e-3
-    save_checkpoint(model, tokenizer, folder)
-    return model, ids
-
-
-def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model(ids, use_cache=False).logits.float()
-
-
-@pytest.fixture(params=[True, False], ids=["tied", "untied"])
-def base(request: pytest.FixtureRequest, tiny_llama: Path, tmp_path: Path) -> Path:
-    """The tiny Llama with tied or separate embeddings."""
-    folder = tmp_path / "base"
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama, tie_word_embeddings=request.param)
-    if not request.param:
-        torch.nn.init.normal_(model.lm_head.weight, std=0.05)
-    model.save_pretrained(folder)
-    load_tokenizer(source_of(tiny_llama)).save_pretrained(folder)
-    return folder
-
-
-@pytest.mark.parametrize("way", ["full", "lora", "nf4"])
-def test_added_tokens_are_trained_and_survive_saving(base: Path, tmp_path: Path, way: str) -> None:
-    model, ids = tokens_trained(load_policy, base, tmp_path / "saved", **WAYS[way])
-    again: Any = load_policy(source_of(tmp_path / "saved"))
-    torch.testing.assert_close(logits_of(again, ids), logits_of(model, ids), atol=1e-5, rtol=0)
-    tokenizer = load_tokenizer(source_of(tmp_path / "saved"))
-    assert again.get_input_embeddings().weight.shape[0] == len(tokenizer) == len(load_tokenizer(source_of(base))) + 2
-    assert again.get_output_embeddings().weight.shape[0] == len(tokenizer)
-
-
-def test_plain_peft_opens_an_adapter_with_added_tokens(base: Path, tmp_path: Path) -> None:
-    model, ids = tokens_trained(load_policy, base, tmp_path / "saved", **WAYS["lora"])
-    plain = AutoModelForCausalLM.from_pretrained(base)
-    plain.resize_token_embeddings(len(load_tokenizer(source_of(tmp_path / "saved"))))
-    plain = PeftModel.from_pretrained(plain, tmp_path / "saved")
-    torch.testing.assert_close(logits_of(plain, ids), logits_of(model, ids), atol=1e-5, rtol=0)
-
-
-def test_a_vocabulary_larger_than_the_tokenizer_never_shrinks(tmp_path: Path, tiny_llama: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    model.resize_token_embeddings(384)
-    model.save_pretrained(tmp_path / "roomy")
-    load_tokenizer(source_of(tiny_llama)).save_pretrained(tmp_path / "roomy")
-    trained, ids = tokens_trained(load_policy, tmp_path / "roomy", tmp_path / "saved", **WAYS["lora"])
-    again: Any = load_policy(source_of(tmp_path / "saved"))
-    assert again.get_input_embeddings().weight.shape[0] == 384
-    torch.testing.assert_close(logits_of(again, ids), logits_of(trained, ids), atol=1e-5, rtol=0)
-    spare = [name for name, p in trained.named_parameters() if "trainable_tokens" in name and p.requires_grad]
-    assert spare, "tokens in spare rows of the embeddings train too"
-
-
-def test_tokens_added_after_an_adapter_began_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
-    model = load_policy(source_of(tiny_llama), trainable=True, **WAYS["lora"])
-    saved = source_of(save(model, tmp_path / "saved", tiny_llama))
-    tokenizer = load_tokenizer(saved)
-    tokenizer.add_tokens(["<|late|>"])
-    with pytest.raises(AlignError, match="1 tokens were added"):
-        load_policy(saved, trainable=True, tokenizer=tokenizer)
-
-
-# What is refused -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def saved_adapter(tiny_llama: Path, tmp_path: Path) -> Path:
-    base = Path(shutil.copytree(tiny_llama, tmp_path / "own-base"))
-    model = load_policy(source_of(base), trainable=True, **WAYS["lora"])
-    train(model)
-    return save(model, tmp_path / "adapter", base)
-
-
-def rewrite(file: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
-    tensors = change(load_file(file))
-    save_file(tensors, file, metadata={"format": "pt"})
-
-
-def test_adapter_keys_that_fit_nothing_are_refused(saved_adapter: Path) -> None:
-    rewrite(
-        saved_adapter / "adapter_model.safetensors", lambda t: {k.replace("layers", "blocks"): v for k, v in t.items()}
-    )
-    with pytest.raises(AlignError, match="fit nothing in the base"):
-        load_policy(source_of(saved_adapter))
-
-
-def test_an_adapter_that_lost_a_weight_is_refused(saved_adapter: Path) -> None:
-    rewrite(saved_adapter / "adapter_model.safetensors", lambda t: dict(list(t.items())[1:]))
-    with pytest.raises(AlignError, match="1 are missing"):
-        load_policy(source_of(saved_adapter))
-
-
-def test_another_base_of_the_same_shape_is_refused(saved_adapter: Path, tmp_path: Path) -> None:
-    rewrite(tmp_path / "own-base" / "model.safetensors", lambda t: {k: v + 0.01 for k, v in t.items()})
-    with pytest.raises(AlignError, match="trained on other weights"):
-        load_policy(source_of(saved_adapter))
-
-
-def test_a_base_of_another_shape_is_refused(saved_adapter: Path, tmp_path: Path, tiny_gpt2: Path) -> None:
-    shutil.rmtree(tmp_path / "own-base")
-    shutil.copytree(tiny_gpt2, tmp_path / "own-base")
-    (saved_adapter / "align_adapter.json").unlink()
-    with pytest.raises(AlignError, match="adapter"):
-        load_policy(source_of(saved_adapter))
-
-
-def test_missing_and_damaged_weights_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
-    rewrite(folder / "model.safetensors", lambda t: {k: v for k, v in t.items() if "layers.1.mlp.up" not in k})
-    with pytest.raises(AlignError, match="layers.1.mlp.up_proj"):
-        load_policy(source_of(folder))
-    (folder / "model.safetensors").write_bytes(b"\x00" * 100)
-    with pytest.raises(AlignError, match="cannot be opened"):
-        load_policy(source_of(folder))
-
-
-@pytest.mark.parametrize(
-    ("keywords", "words"),
-    [
-        ({"quantize": "nf4"}, "freezes the base"),
-        ({"adapter": AdapterSettings(target="q_porj")}, "Did you mean 'q_proj'"),
-        ({"adapter": AdapterSettings(target=["q_proj", "lm_head"])}, "lm_head"),
-        ({"adapter": AdapterSettings(init="pissa"), "quantize": "nf4"}, "pissa"),
-        ({"adapter": AdapterSettings(init="pissa", dora=True)}, "pissa"),
-    ],
-)
-def test_what_cannot_be_combined_is_refused(tiny_llama: Path, keywords: dict[str, Any], words: str) -> None:
-    with pytest.raises(AlignError, match=words):
-        load_policy(source_of(tiny_llama), trainable=True, **keywords)
-
-
-def test_an_adapter_on_an_adapter_or_on_another_quantization_is_refused(saved_adapter: Path) -> None:
-    with pytest.raises(AlignError, match="another `adapter:`"):
-        load_policy(source_of(saved_adapter), trainable=True, **WAYS["lora"])
-    with pytest.raises(AlignError, match="asked for on one in nf4"):
-        load_policy(source_of(saved_adapter), quantize="nf4")
-
-
-def test_training_from_scratch_needs_only_a_config_and_a_tokenizer(tiny_llama: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(tiny_llama, tmp_path / "shape"))
-    (folder / "model.safetensors").unlink()
-    source = source_of(folder, needs_weights=False)
-    one, two = (load_policy(source, from_scratch=True, trainable=True, seed=5) for _ in range(2))
-    assert torch.equal(logits(one), logits(two))
-    assert trainable_parameters(one) == sum(p.numel() for p in one.parameters())
-    assert model_config(source).hidden_size == 64
-    assert not torch.equal(logits(one), logits(load_policy(source_of(tiny_llama))))

@@ -138,7 +138,7 @@ def _trained_dtype(source: Source) -> torch.dtype:
     """The arithmetic that the base had while the adapter was trained, for it decides the dequantized values."""
     if source.dtype in ("float32", "bfloat16"):
         return compute_dtype(source.dtype)
-    return compute_dtype("auto", width_of(open_config(source.root)))
+    return compute_dtype("auto", width_of(open_config(located(source.root))))
 
 
 def _compare(source: Source, written: Source, rows: list[list[int]]) -> tuple[float, float, int]:
