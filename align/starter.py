@@ -28,7 +28,7 @@ from align.setting_types import NAME_RULE
 from align.yaml_text import Place, scalar, shown
 
 ROWS_LOOKED_AT = 200
-PLAIN = re.compile(r"[A-Za-z0-9./_-]+")
+PLAIN = re.compile(r"[A-Za-z0-9./_][A-Za-z0-9./_-]*")
 
 HEAD = """\
 # {run}
@@ -193,7 +193,10 @@ def _block(plan: str, data: str, start: str | None) -> str:
 
 
 def _data_line(file: DataFile, folder: Path) -> str:
-    return f"  {file.name}: {{path: {_written(_relative(file.path, folder))}, format: {file.format}}}\n"
+    settings = f"path: {_written(_relative(file.path, folder))}, format: {file.format}"
+    if file.kind == "prompt":
+        settings += ", test_fraction: 1.0"  # nothing trains on them, so all of them can measure
+    return f"  {file.name}: {{{settings}}}\n"
 
 
 def _kind(form: str, fields: Mapping[str, object]) -> str | None:
@@ -238,6 +241,7 @@ def _name_from(text: str) -> str:
 def _free_name(path: Path, taken: Sequence[DataFile]) -> str:
     """The file's stem as a name of the recipe, numbered when it is taken."""
     stem = _name_from(path.name.partition(".")[0])
+    stem = stem if _is_plain(stem) else f"data-{stem}"  # 2024.jsonl would otherwise need quotes wherever it is named
     names = {file.name for file in taken}
     return next(
         name for name in itertools.chain([stem], (f"{stem}-{n}" for n in itertools.count(2))) if name not in names
@@ -246,5 +250,11 @@ def _free_name(path: Path, taken: Sequence[DataFile]) -> str:
 
 def _written(text: str) -> str:
     """A string as YAML: plain where that reads back as the same text, else quoted."""
-    plain = PLAIN.fullmatch(text) and not text.startswith("-") and isinstance(scalar(text, Place("", 0)), str)
-    return text if plain else json.dumps(text, ensure_ascii=False)
+    return text if _is_plain(text) else json.dumps(text, ensure_ascii=False)
+
+
+def _is_plain(text: str) -> bool:
+    try:
+        return bool(PLAIN.fullmatch(text)) and isinstance(scalar(text, Place("", 0)), str)
+    except AlignError:  # 010
+        return False

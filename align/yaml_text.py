@@ -168,8 +168,8 @@ class _Composer:
 
     def untagged(self, event: yaml.Event, place: Place, depth: int) -> Node:
         if isinstance(event, yaml.ScalarEvent):
-            value = scalar(event.value, place) if event.style is None else event.value
-            return Node(value, place, place, event.value)
+            text = _whole_characters(event.value, place)
+            return Node(scalar(text, place) if event.style is None else text, place, place, text)
         if isinstance(event, yaml.SequenceStartEvent):
             return self.sequence(place, depth)
         return self.mapping(place, depth)
@@ -203,9 +203,10 @@ class _Composer:
         size = 1
         while not isinstance(event := next(self.events), yaml.MappingEndEvent) and size <= MAX_VALUES:
             key, key_place = self.key(event), self.place(event)
+            is_merge = key == "<<" and isinstance(event, yaml.ScalarEvent) and event.style is None
             node = replace(self.node(next(self.events), depth + 1), key_place=key_place)
             size += node.size
-            if key == "<<":
+            if is_merge:
                 merged.append(node)
             elif key in entries:
                 first = entries[key].key_place
@@ -224,7 +225,15 @@ class _Composer:
             raise AlignError(
                 f"{self.place(event)}: a key has to be plain text.", "Put it in quotes if it starts oddly."
             )
-        return str(event.value)
+        return _whole_characters(event.value, self.place(event))
+
+
+def _whole_characters(text: str, place: Place) -> str:
+    """Joins escaped surrogate pairs, as JSON writes characters beyond U+FFFF. Raises AlignError on half a pair."""
+    try:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError:
+        raise AlignError(f"{place}: half of a surrogate pair (\\ud800 to \\udfff) is no character.") from None
 
 
 def _merged_entries(node: Node) -> Mapping[str, Node]:

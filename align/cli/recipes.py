@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import click
@@ -60,7 +61,7 @@ def init_command(model: str, files: tuple[str, ...], out: Path | None, name: str
     click.echo(f"wrote {written.path}")
     for line in written.notes:
         click.echo(f"  {line}")
-    click.echo(f"next: align check {written.path}")
+    click.echo(f"next: align check {shlex.quote(str(written.path))}")
 
 
 @click.command("doctor")
