@@ -111,10 +111,10 @@ class Renderer:
             return None  # nothing asked for it
         before = self._text(messages[:index], tools, ask=True)
         through = self._text(messages[: index + 1], tools, ask=False)
-        if not (text.startswith(through) and through.startswith(before)):
+        end = through.rfind(self.stop) + len(self.stop)
+        if end <= len(before) or not (through.startswith(before) and text.startswith(through[:end])):
             return None
-        stop = through.rfind(self.stop, len(before))
-        return None if stop < 0 else Turn(index, len(before), stop + len(self.stop))
+        return Turn(index, len(before), end)
 
     def _text(self, messages: Messages, tools: Tools, *, ask: bool) -> str:
         if not messages:
@@ -146,13 +146,18 @@ class Renderer:
         return value
 
     def _find_stop(self) -> str:
-        text = self._text(_PROBE, (), ask=False)
-        after = text[text.rfind(_PROBE[-1].content) + len(_PROBE[-1].content) :]
+        text, content = self._text(_PROBE, (), ask=False), _PROBE[-1].content
+        if content not in text:
+            raise AlignError(
+                f"the chat template loses the assistant's text: {text!r}",
+                "It may want another form of content than plain text; set `template:` to one for text.",
+            )
+        after = text[text.rfind(content) + len(content) :]
         found = re.search("|".join(map(re.escape, self._special)), after) if self._special else None
         if found is None:
             raise AlignError(
-                f"the chat template ends the assistant's turn with {after!r}, which holds no special token: "
-                "the model would never learn to stop",
+                f"the chat template ends the assistant's turn with {after!r}, which holds no special token of this "
+                "tokenizer: the model would never learn to stop",
                 "Add {{ eos_token }} after the assistant's content, or leave `template:` out to use ours.",
             )
         return found.group()

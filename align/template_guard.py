@@ -15,7 +15,7 @@ from pathlib import Path
 
 from align.errors import AlignError
 
-CPU_SECONDS = 5
+CPU_SECONDS = 2  # two short messages take milliseconds
 WALL_SECONDS = 60  # a loaded machine takes long to import the renderer; the work itself has CPU_SECONDS
 MEMORY_BYTES = 512 * 2**20  # beyond what the child holds when it begins to render
 OUTPUT_CHARACTERS = 1_000_000

@@ -21,7 +21,9 @@ ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
 STOP_TOKEN = "<|end|>"
 PAD_TOKEN = "<|pad|>"
 _KNOWN_PADS = ("<pad>", "[PAD]", PAD_TOKEN, "<|finetune_right_pad_id|>")
-_MARK = re.compile(r"<\|\w+\|>")
+_MARK = re.compile(
+    r"<\|[^|<>\s]+\|>|<\uff5c[^\uff5c<>\s]+\uff5c>|<(?:start|end)_of_\w+>"
+)  # shapes in use for control tokens
 
 _ASK, _ANSWER, _AGAIN, _LAST = "probe question", "probe answer", "another probe", "final probe"
 _PROBES: tuple[Messages, ...] = (
@@ -36,7 +38,8 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str | None =
 
     template: Jinja text that replaces the tokenizer's own; None: its own, else ours. Marks like <|user|> in a template
     that is given become special tokens where they are none. A given template, or ours, also decides `eos_token`: it is
-    the token that ends the assistant's turn (ours ends it with the eos_token that there is, else with <|end|>).
+    the token that ends the assistant's turn, unless the template uses eos_token for something else (ours ends the turn
+    with the eos_token that there is, else with <|end|>).
     A padding token that is absent or equal to the stop token is replaced, so that no other tool masks the stop token.
     """
     before = len(tokenizer)
@@ -86,7 +89,11 @@ def _give_own_template(tokenizer: PreTrainedTokenizerBase) -> None:
 def _give_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
     _add_special(tokenizer, dict.fromkeys(_MARK.findall(template)))
     tokenizer.chat_template = template
-    tokenizer.eos_token = Renderer(tokenizer).stop
+    renderer, eos = Renderer(tokenizer), tokenizer.eos_token
+    before = renderer.conversation(_PROBES[1]).text
+    tokenizer.eos_token = renderer.stop
+    if renderer.conversation(_PROBES[1]).text != before:  # the template writes eos_token elsewhere too
+        tokenizer.eos_token = eos
 
 
 def _give_distinct_pad(tokenizer: PreTrainedTokenizerBase) -> None:

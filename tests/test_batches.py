@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -64,10 +63,9 @@ def test_seeds_and_epochs_differ_and_do_not_collide() -> None:
     assert len(orders) == 400
 
 
-@pytest.mark.parametrize("hash_seed", ["0", "1"])
-def test_the_order_is_the_same_in_every_process(hash_seed: str) -> None:
+def test_the_order_is_the_same_in_every_process() -> None:
     code = "from align.batches import epoch_order; import sys; sys.stdout.write(str(epoch_order(8, 3, 1)))"
     child = subprocess.run(
-        [sys.executable, "-c", code], env={"PYTHONHASHSEED": hash_seed}, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], env={"PYTHONHASHSEED": "1"}, capture_output=True, text=True, check=True
     )
     assert child.stdout == str(epoch_order(8, 3, 1))
