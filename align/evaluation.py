@@ -34,6 +34,7 @@ from align.scoring import AnswerLogps, answer_logps, pair_rewards
 Rows = list[dict[str, Any]]
 LIKE_LENGTH = 0.2  # replies whose lengths differ by less than this share of the longer one are of like length
 CONFIDENCE_BINS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+TIE_NATS = 1e-3  # rounding moves a reply's summed log-probability by up to 2e-4 from one batch to another
 LARGEST_LOSS = 700.0  # exp of more overflows
 
 
@@ -68,7 +69,7 @@ def preference_numbers(policy: Pair, reference: Pair | None = None, *, beta: flo
 
     policy, reference: log-probabilities of whole replies, (N,) each. `likelihood_accuracy`: chosen is the likelier one.
     With a reference `accuracy` and `margin` are those of the implicit reward, beta * (policy - reference) (Rafailov
-    2023, eq. 5); they are 0.5 and 0 where policy and reference agree.
+    2023, eq. 5); they are 0.5 and 0 where policy and reference agree, up to rounding.
     """
     if not len(policy.chosen):
         return {}
@@ -77,7 +78,7 @@ def preference_numbers(policy: Pair, reference: Pair | None = None, *, beta: flo
         chosen = beta * (policy.chosen - reference.chosen)
         rejected = beta * (policy.rejected - reference.rejected)
         numbers |= {
-            "accuracy": _wins(chosen - rejected),
+            "accuracy": _wins((chosen - rejected) / beta, tie=TIE_NATS),
             "margin": mean((chosen - rejected).tolist(), seed=seed),
             "reward_chosen": mean(chosen.tolist(), seed=seed),
             "reward_rejected": mean(rejected.tolist(), seed=seed),
@@ -222,9 +223,10 @@ def as_metrics(numbers: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     }
 
 
-def _wins(margins: Tensor | Floats) -> Estimate:
+def _wins(margins: Tensor | Floats, *, tie: float = 0.0) -> Estimate:
+    """Share of positive margins; those of at most `tie` count half."""
     gaps = np.asarray(margins, dtype=np.float64)
-    return wilson(float((gaps > 0).sum() + 0.5 * (gaps == 0).sum()), len(gaps))
+    return wilson(float((gaps > tie).sum() + 0.5 * (np.abs(gaps) <= tie).sum()), len(gaps))
 
 
 def _share(flags: Sequence[bool]) -> Estimate:

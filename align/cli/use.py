@@ -309,9 +309,9 @@ def _standard_input() -> str:
 
 
 def _progress() -> Progress:
-    from align.progress import Progress
+    from align.console import ConsoleProgress
 
-    return Progress()
+    return ConsoleProgress()
 
 
 def _print_numbers(numbers: Mapping[str, Any]) -> None:
