@@ -45,13 +45,13 @@ class RowFormat:
 
 
 def detect(rows: Sequence[Fields]) -> str:
-    """The name of the format that fits most of these rows; of equals, the one that asks for more columns.
+    """The name of the most demanding format that fits any of these rows.
 
-    Raises AlignError when none fits.
+    So rows that lack an answer are refused as such, and do not turn a file into one of prompts without a word. Raises
+    AlignError when no format fits any row.
     """
-    fitting = {name: sum(form.fits(row) for row in rows) for name, form in FORMATS.items()}
-    best = max(fitting, key=lambda name: fitting[name])
-    if not fitting[best]:
+    best = next((name for name, form in FORMATS.items() if any(map(form.fits, rows))), None)
+    if best is None:
         columns = ", ".join(sorted({str(key) for row in rows for key in row}))
         known = "; ".join(f"{name}: {form.columns}" for name, form in FORMATS.items())
         raise AlignError(
@@ -219,7 +219,7 @@ def _ends_asking(fields: Fields) -> bool:
     return isinstance(last, Mapping) and (last.get("role") or last.get("from")) in ("user", "human")
 
 
-FORMATS: dict[str, RowFormat] = {
+FORMATS: dict[str, RowFormat] = {  # the most demanding first
     "hh": RowFormat("chosen and rejected as Human/Assistant transcripts", _is_hh, _transcript, bad_share=0.05),
     "preferences": RowFormat(
         "prompt, chosen, rejected", lambda row: _has(row, ("chosen", "rejected")), _preference
