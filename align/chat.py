@@ -1,19 +1,19 @@
 """Examples -> token ids and the mask of trained tokens: the one `encode` of training, scoring, PPO prompts and chat.
 
 A row is the prompt that `Encoder.prompt` gives to generation, followed by what the model has to write; it ends with the
-last stop token. The length policy and its count stand here; text is made by rendering.py, ids by tokens.py, and the
-template of a tokenizer is chosen by templates.py (its functions are offered here too).
+last stop token. The length policy stands here; text is made by rendering.py, ids by tokens.py, and the template of a
+tokenizer is chosen by templates.py (its functions, and the rows of encoded.py, are offered here too).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from align.data.examples import Conversation, Document, Messages, Preference, Rated
+from align.encoded import Encoded, EncodedPair, LengthReport
 from align.errors import AlignError
 from align.rendering import Rendered, Renderer, Tools
 from align.templates import check_template, prepare_tokenizer, stop_token_ids, template_sha256
@@ -33,63 +33,6 @@ __all__ = [
 _TRAINING_TEMPLATE = "Set `template:` to a version of the template for training, where the prompt begins the row."
 TooLong = Literal["drop", "cut", "error"]
 TrainOn = Literal["assistant", "last", "all"]
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """Token ids of one row. trained[i]: token i is a label (for token 0, which nothing predicts, it has no effect)."""
-
-    ids: list[int]
-    trained: list[bool]
-
-    @property
-    def labels(self) -> int:
-        """Number of tokens that the loss counts."""
-        return sum(self.trained[1:])
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedPair:
-    """Two rows with the same first `prompt_length` tokens. margin and probability are the preference's."""
-
-    chosen: Encoded
-    rejected: Encoded
-    prompt_length: int
-    margin: float | None
-    probability: float | None
-
-
-@dataclass
-class LengthReport:
-    """What the length policy did. A pair counts as one row in `rows` and the drops, and as two in the lengths.
-
-    dropped: rows left out for their length; cut: rows whose end was cut; cut_without_stop: those of them that lost
-    their stop token; cut_prompts: rows whose prompt was cut from the left; without_answer: rows left out because the
-    cut left nothing to train; equal_pairs: pairs left out because both answers became the same; untrainable_turns:
-    assistant turns that the template shows otherwise than it asked for them, and that are not trained.
-    """
-
-    rows: int = 0
-    dropped: int = 0
-    cut: int = 0
-    cut_without_stop: int = 0
-    cut_prompts: int = 0
-    without_answer: int = 0
-    equal_pairs: int = 0
-    untrainable_turns: int = 0
-    trained_tokens: int = 0
-    lengths: list[int] = field(default_factory=list)
-
-    def as_dict(self) -> dict[str, int]:
-        """The counts, and longest, median and 95th percentile of the rows that were kept, in tokens."""
-        counts = {name: value for name, value in vars(self).items() if isinstance(value, int)}
-        ordered = sorted(self.lengths) or [0]
-        return counts | {
-            "tokens": sum(self.lengths),
-            "longest": ordered[-1],
-            "p50": ordered[(len(ordered) - 1) // 2],
-            "p95": ordered[(len(ordered) - 1) * 95 // 100],
-        }
 
 
 class Encoder:

@@ -24,11 +24,10 @@ from transformers import PreTrainedTokenizerBase
 from align.data.examples import Message, Messages
 from align.errors import AlignError
 from align.template_guard import guard
+from align.tokens import LITERAL_END, LITERAL_START
 
 Tools = Sequence[Mapping[str, Any]]
 
-# Noncharacters of Unicode: never valid in text that is exchanged, so they can mark what came from the data.
-LITERAL_START, LITERAL_END = "\ufdd0", "\ufdd1"
 _PROBE: Messages = (Message("user", "question"), Message("assistant", "answer"))
 
 

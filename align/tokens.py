@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from align.errors import AlignError
-from align.rendering import LITERAL_END, LITERAL_START
 
+# Noncharacters of Unicode: never valid in text that is exchanged, so they can mark what came from the data as text.
+LITERAL_START, LITERAL_END = "\ufdd0", "\ufdd1"
 _LITERAL = re.compile(f"{LITERAL_START}([^{LITERAL_START}{LITERAL_END}]*){LITERAL_END}|[{LITERAL_START}{LITERAL_END}]")
 
 
@@ -41,7 +42,7 @@ class PieceTokenizer:
         self._prefixes = both[len(newline) :] != letter
 
     def ids(self, pieces: Sequence[str]) -> list[list[int]]:
-        """Token ids of each piece. Joined, the pieces are one rendered text, with rendering.py's marks in it."""
+        """Token ids of each piece. Joined, the pieces are one text; what stands between LITERAL marks is only text."""
         parts = [part for index, piece in enumerate(pieces) for part in _parts(index, piece)]
         anchors = [self._anchor(before, part) for before, part in zip([None, *parts[:-1]], parts, strict=True)]
         texts = [anchor + part.text for anchor, part in zip(anchors, parts, strict=True)]
