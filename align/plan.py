@@ -82,8 +82,9 @@ def _why_new(workshop: Workshop, name: str, origin: Origin) -> str:
         newest = workshop.registry.checkpoint(workshop.full_name(name))
     except AlignError:
         return "not made yet"
-    before, now = newest.recipe, workshop.ingredients(name, origin)
-    differences = list(_differences(before, now))
+    now = workshop.ingredients(name, origin)
+    before = {part: newest.recipe.get(part) for part in now}
+    differences = _differences(before, now)
     return "changed: " + ", ".join(differences[:3]) if differences else "made otherwise"
 
 

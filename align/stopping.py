@@ -42,6 +42,7 @@ def signals_handled() -> Iterator[None]:
     try:
         yield
     finally:
+        _requested = 0
         for number, handler in before.items():
             signal.signal(number, handler)
 
