@@ -19,7 +19,7 @@ from rich.text import Text
 from align.progress import Bar, Progress
 from align.report import words
 from align.report.data_view import DROPPED
-from align.report.numbers import Change, Number, headline
+from align.report.numbers import Change, Number, headline, parity
 
 if TYPE_CHECKING:
     from align.checks import DataCheck
@@ -39,7 +39,7 @@ _LENGTH_DROPS = {
     "untrainable_turns": "turns that the template changes, not trained",
 }
 _STYLES = {"better": "bold blue", "worse": "bold yellow", "unclear": "dim"}
-_ASCII = str.maketrans({"−": "-", "→": "->", "–": "-", "…": "...", "·": "-", "≈": "~"})
+_ASCII = str.maketrans("−→–…·≈✓✗▲▼", "->-.-~+x^v")  # one for one, so that columns stay straight
 
 
 class ConsoleProgress(Progress):
@@ -115,11 +115,8 @@ class _TimeLeft(ProgressColumn):
         )
 
 
-def stage_table(checkpoints: Iterable[CheckpointRecord], *, ascii_only: bool = False) -> Table:
-    """The number that each stage is there to move, parent -> child on held-out rows, 95% intervals below.
-
-    ascii_only: for terminals that cannot show more.
-    """
+def stage_table(checkpoints: Iterable[CheckpointRecord]) -> Table:
+    """The number that each stage is there to move, parent -> child on held-out rows, 95% intervals below."""
     records = list(checkpoints)
     recipes = {record.name.rpartition("/")[0] for record in records}
     table = _table(stage="", measured="", parent="right", **{"": ""}, child="right", change="right", verdict="")
@@ -128,7 +125,9 @@ def stage_table(checkpoints: Iterable[CheckpointRecord], *, ascii_only: bool = F
         name = record.name.rpartition("/")[2] if table.title else record.name
         change = headline(record.metrics, _kind(record))
         cells = _cells(name, change) if change else [name, "not measured"]
-        table.add_row(*(_cell(text, ascii_only) for text in cells))
+        if (holds := parity(record.metrics)) is not None:
+            cells[-1] = "parity holds" if holds else "parity broken"
+        table.add_row(*(_cell(text) for text in cells))
     return table
 
 
@@ -169,11 +168,13 @@ def _length_words(lengths: Mapping[str, int]) -> str:
 
 
 def print_table(table: Table, console: Console | None = None) -> None:
-    """A table on stdout; where that is no terminal, as wide as it needs to be, so that nothing is folded."""
+    """A table on stdout; in a pipe as wide as it needs to be, in ASCII where nothing else can be shown."""
     console = console or Console()
     if not console.is_terminal:
         console.width = WIDEST
-    console.print(table)
+    with console.capture() as drawn:
+        console.print(table)
+    console.file.write(_encodable(drawn.get(), console))
 
 
 def _table(**columns: str) -> Table:
@@ -201,13 +202,12 @@ def _spread(change: Change, value: Number | None) -> str:
     return change.words(value) + (f"\n{interval}" if interval else "")
 
 
-def _cell(text: str, ascii_only: bool = False) -> Text:
+def _cell(text: str) -> Text:
     """One cell: its first line in the colour of its verdict, what stands below in grey; nothing in it is markup."""
     first, _, below = text.partition("\n")
-    lines = [first[: len(first) - len(first.lstrip())] + words.one_line(first, 400), words.one_line(below)]
-    shown = [_to_ascii(line) if ascii_only else line for line in lines]
-    cell = Text(shown[0], style=_STYLES.get(first, ""))
-    return cell.append(f"\n{shown[1]}", style="dim") if below else cell
+    indent = first[: len(first) - len(first.lstrip())]
+    cell = Text(indent + words.one_line(first, 400), style=_STYLES.get(first, ""))
+    return cell.append(f"\n{words.one_line(below)}", style="dim") if below else cell
 
 
 def _kind(record: CheckpointRecord) -> str:
@@ -232,8 +232,6 @@ def _rate(task: Task) -> str:
 
 
 def _encodable(text: str, console: Console) -> str:
-    return text if console.encoding.lower().startswith("utf") else _to_ascii(text)
-
-
-def _to_ascii(text: str) -> str:
+    if console.encoding.lower().startswith("utf"):
+        return text
     return text.translate(_ASCII).encode("ascii", "replace").decode("ascii")

@@ -45,7 +45,10 @@ def buckets(rows: Sequence[Mapping[str, Any]], title: str) -> Markup:
     slot = (WIDTH - LEFT - RIGHT) / len(found)
     for place, (name, value) in enumerate(found):
         x = LEFT + slot * (place + 0.5)
-        parts += [_upright(value, x, up), svg.text(x, HEIGHT - BOTTOM + 16, words.one_line(name, 12), anchor="middle")]
+        parts += [
+            _upright(value, x, up),
+            svg.text(x, HEIGHT - BOTTOM + 16, words.one_line(name, max(2, int(slot / 7))), anchor="middle"),
+        ]
         if value.n is not None:
             parts.append(svg.text(x, HEIGHT - BOTTOM + 31, f"n={value.n:,}", anchor="middle", class_="quiet"))
     said = "; ".join(f"{name} {words.number(value.value, share=True)}" for name, value in found)

@@ -168,8 +168,8 @@ def _box(node: Node, x: float, y: float) -> Markup:
             height=NODE_HEIGHT,
             rx=NODE_HEIGHT / 2 if node.kind == "data" else 8,
         ),
-        svg.text(x, y - 2, words.one_line(node.title, 18), anchor="middle", class_="name"),
-        svg.text(x, y + 16, words.one_line(node.subtitle, 24), anchor="middle", class_="quiet"),
+        svg.text(x, y - 2, words.one_line(node.title, 16), anchor="middle", class_="name"),
+        svg.text(x, y + 16, words.one_line(node.subtitle, 22), anchor="middle", class_="quiet"),
     ]
     box = svg.element("g", *parts, class_=f"node {node.kind}")
     return svg.element("a", box, href=f"#{node.anchor}") if node.anchor else box

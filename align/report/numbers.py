@@ -53,6 +53,13 @@ KNOWN: dict[str, Meaning] = {
     "ece": Meaning("Calibration error", "lower", about="gap of confidence and accuracy"),
     "length_correlation": Meaning("Correlation with length", about="0: length buys no reward"),
     "top1_agreement": Meaning("Top-1 agreement", "higher", True, "same next token as the unmerged model"),
+    "compared": Meaning("Tokens compared"),
+    "max_kl": Meaning("KL allowed", about="nats per token"),
+    "tokens": Meaning("Trained tokens per row"),
+    "likelihood_accuracy": Meaning("Chosen is the likelier", "higher", True, "share of pairs"),
+    "reward_chosen": Meaning("Implicit reward of chosen"),
+    "reward_rejected": Meaning("Implicit reward of rejected"),
+    "kl_sequence": Meaning("KL from parent, per answer", about="nats"),
     "win_rate": Meaning("Win rate", "higher", True),
     "exact_match": Meaning("Exact match", "higher", True),
     "f1": Meaning("F1", "higher", True),
@@ -61,10 +68,17 @@ KNOWN: dict[str, Meaning] = {
     "judge.score": Meaning("Judge's score", "higher", about="0 to 1"),
     "judge.violations": Meaning("Violations", "lower", about="per answer, by the judge"),
     "judge.violation_rate": Meaning("Answers with a violation", "lower", True, "by the judge"),
-    "judge.clean": Meaning("Answers without a violation", "higher", True, "by the judge"),
+    "judge.refused_rightly": Meaning("Refused, of what should be", "higher", True, "by the judge"),
+    "judge.refused_wrongly": Meaning("Refused, of what should be answered", "lower", True, "by the judge"),
     "judge.refused": Meaning("Refusals", "none", True, "by the judge"),
-    "finished": Meaning("Answers that ended by themselves", "higher", True),
 }
+OF_KIND: dict[tuple[str, str], Meaning] = {
+    ("merge", "kl"): Meaning("KL to the unmerged model", "lower", about="nats per token"),
+    ("reward", "loss"): Meaning("Loss", "lower", about="nats per pair"),
+    ("dpo", "accuracy"): Meaning("Preference accuracy", "higher", True, "by implicit reward, against the parent"),
+}
+_PREFIXES = ("before.", "after.", "change.", "merge.")
+_VIOLATION = "judge.violation."
 HEADLINES: dict[str, tuple[str, ...]] = {
     "pretrain": ("loss", "perplexity"),
     "sft": ("judge.correct", "judge.score", "loss", "perplexity"),
@@ -150,9 +164,11 @@ def number_from(value: Any) -> Number | None:
     return None if found is None else Number(found)
 
 
-def meaning_of(name: str) -> Meaning:
-    """What is known about a metric; for an unknown one, its name in words."""
-    return KNOWN.get(name) or Meaning(words.label(name))
+def meaning_of(name: str, kind: str = "") -> Meaning:
+    """What is known about a metric of a stage of this kind; for an unknown one, its name in words."""
+    if name.startswith(_VIOLATION):
+        return Meaning(f"Answers against {words.label(name.removeprefix(_VIOLATION))}", "lower", True, "by the judge")
+    return OF_KIND.get((kind, name)) or KNOWN.get(name) or Meaning(words.label(name))
 
 
 def changes(metrics: Mapping[str, Any], kind: str) -> list[Change]:
@@ -160,7 +176,7 @@ def changes(metrics: Mapping[str, Any], kind: str) -> list[Change]:
 
     kind: the stage's kind; a reward stage without a number before is held against chance.
     """
-    names = dict.fromkeys(_bare(key) for key, value in metrics.items() if number_from(value))
+    names = dict.fromkeys(bare(key) for key, value in metrics.items() if number_from(value))
     found = [_change(name, metrics, kind) for name in names]
     first = headline_names(metrics, kind)
     order = {name: place for place, name in enumerate(first)}
@@ -184,33 +200,34 @@ def headline_names(metrics: Mapping[str, Any], kind: str) -> tuple[str, ...]:
     return own + HEADLINES.get(kind, ("loss", "accuracy", "judge.score"))
 
 
+def parity(metrics: Mapping[str, Any]) -> bool | None:
+    """Whether a merged model was found to be what its adapter was; None where nobody asked."""
+    found = metrics.get("merge.holds")
+    return found if isinstance(found, bool) else None
+
+
 def facts(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """What a checkpoint says besides numbers: short texts and yes or no (a merge's verdict, say)."""
     return {
-        words.label(_bare(key)): value
+        words.label(bare(key)): value
         for key, value in metrics.items()
-        if isinstance(value, str | bool) and key != "headline"
+        if isinstance(value, str | bool) and key not in ("headline", "merge.holds")
     }
 
 
 def _change(name: str, metrics: Mapping[str, Any], kind: str) -> Change:
     before, after = number_from(metrics.get(f"before.{name}")), number_from(metrics.get(f"after.{name}"))
     if after is None and before is None:
-        after = number_from(metrics.get(name))
-    meaning = meaning_of(name)
-    if kind == "merge" and name == "kl":
-        meaning = Meaning("KL to the unmerged model", "lower", about="nats per token")
+        after = number_from(metrics.get(f"merge.{name}", metrics.get(name)))
     baseline = "parent"
     if before is None and kind == "reward" and name == "accuracy":
         before, baseline = Number(CHANCE), "chance"
-    return Change(name, meaning, before, after, number_from(metrics.get(f"change.{name}")), baseline)
+    return Change(name, meaning_of(name, kind), before, after, number_from(metrics.get(f"change.{name}")), baseline)
 
 
-def _bare(key: str) -> str:
-    for prefix in ("before.", "after.", "change."):
-        if key.startswith(prefix):
-            return key.removeprefix(prefix)
-    return key
+def bare(key: str) -> str:
+    """The name of a metric without before, after, change or merge."""
+    return next((key.removeprefix(prefix) for prefix in _PREFIXES if key.startswith(prefix)), key)
 
 
 def _real(value: Any) -> float | None:

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from align.report import comparisons, curves, words
 from align.report.chain import Chain, StageFacts
 from align.report.data_view import DataView, data_views
-from align.report.numbers import Change, changes, facts, headline
+from align.report.numbers import Change, bare, changes, facts, headline, parity
 from align.report.settings_view import SettingsView, settings_view
 
 KINDS = {
@@ -28,6 +28,10 @@ KINDS = {
 }
 SIGNS = {"better": "▲", "worse": "▼", "unclear": "≈", "same": "="}
 RIGHT, WRONG = "✓", "✗"
+_CAPTIONS = {
+    "length_buckets": ("Accuracy by length", "Where the chosen answer is the shorter, of like length, the longer one."),
+    "calibration": ("Calibration", "On the dashed line confidence is deserved; below it the model is too sure."),
+}
 MOST_SAMPLES, MOST_TEXT = 8, 1600
 
 
@@ -140,8 +144,8 @@ def chip(change: Change) -> Chip:
 def _stage_chip(stage: StageFacts, main: Change | None, metrics: Mapping[str, Any]) -> Chip:
     if not stage.checkpoint:
         return Chip(stage.run.status if stage.run else "unfinished", "worse", WRONG)
-    holds = metrics.get("holds", metrics.get("after.holds"))
-    if isinstance(holds, bool):
+    holds = parity(metrics)
+    if holds is not None:
         return Chip("parity holds", "better", RIGHT) if holds else Chip("parity broken", "worse", WRONG)
     return chip(main) if main else Chip("not measured", "none")
 
@@ -175,14 +179,15 @@ def _problem(stage: StageFacts) -> str:
 
 
 def _figures(metrics: Mapping[str, Any]) -> Iterator[Figure]:
+    """Drawings of metrics that are lists; of one measured before and after, the latter."""
     for key, value in metrics.items():
         rows = [row for row in value if isinstance(row, Mapping)] if isinstance(value, list | tuple) else []
-        title = words.label(key.removeprefix("after.").removeprefix("before."))
-        title += " (before)" if key.startswith("before.") else ""
-        if rows and "bucket" in rows[0]:
-            yield Figure(title, "Dots are shares, whiskers 95% intervals.", comparisons.buckets(rows, title))
-        elif rows and "confidence" in rows[0]:
-            caption = "On the dashed line, confidence is deserved; below it, the model is too sure."
+        if not rows or (key.startswith("before.") and f"after.{bare(key)}" in metrics):
+            continue
+        title, caption = _CAPTIONS.get(bare(key), (words.label(bare(key)), ""))
+        if "bucket" in rows[0]:
+            yield Figure(title, caption or "Whiskers are 95% intervals.", comparisons.buckets(rows, title))
+        elif "confidence" in rows[0]:
             yield Figure(title, caption, comparisons.calibration(rows, title))
 
 

@@ -80,9 +80,15 @@ def tick_words(values: Sequence[float]) -> list[str]:
         return []
     size = max(abs(value) for value in values)
     if size and (size < 0.001 or size >= 1e6):
-        return [f"{value:.2g}".replace("e-0", "e-").replace("e+0", "e").replace("-", words.MINUS) for value in values]
+        return [_power_words(value) for value in values]
     decimals = next((d for d in range(7) if all(abs(round(v, d) - v) <= 1e-9 * max(size, 1) for v in values)), 6)
     return [f"{value:,.{decimals}f}".replace("-", words.MINUS) for value in values]
+
+
+def _power_words(value: float) -> str:
+    if value == 0:
+        return "0"
+    return f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-").replace("e+0", "e").replace("-", words.MINUS)
 
 
 def thin(points: Sequence[Point], most: int = 160) -> list[Point]:
