@@ -274,10 +274,9 @@ def test_a_mixture_is_the_largest_in_the_proportion_that_needs_no_row_twice(
     assert abs(counts["a"] - counts["b"] * weights[0] / weights[1]) <= max(1, weights[0] / weights[1])
     assert len({row_key(example) for example in result.train}) == len(result.train)
     assert result.report.parts == dict(counts)
-    left = {name: result.report.rows_read for name in "ab"}
-    assert result.report.unused == result.report.rows_read - len(result.train) - len(result.test) - sum(
-        (result.report.test_overlap, result.report.duplicates)
-    ), left
+    report = result.report
+    dropped = report.test_overlap + report.duplicates
+    assert report.rows_read == report.train_rows + report.test_rows + report.unused + dropped
 
 
 def test_every_part_of_a_mixture_keeps_its_held_out_rows_held_out(parts: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
 FORMAT_NAMES = (
     "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "preferences", "rated", "hh", "prompts", "text",
 )  # fmt: skip
+UNPRINTABLE = re.compile(
+    "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u061c\\u200e\\u200f\\u202a-\\u202e\\u2066-\\u2069\\ud800-\\udfff]"
+)
+
 as_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 format_option = click.option(
     "--format", "form", type=click.Choice(FORMAT_NAMES), default="auto", show_default=True, help="Form of the rows."
@@ -257,7 +262,7 @@ def _show_report(report: FileReport) -> None:
 
 
 def _print_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    click.echo(json.dumps(value, indent=2))  # ASCII only, so that nothing in the data acts on a terminal
 
 
 def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -272,7 +277,5 @@ def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def _printable(text: object) -> str:
-    """Text from data without anything that acts on a terminal."""
-    from align.report.words import printable
-
-    return printable(text)
+    """Text from data with everything that acts on a terminal or turns its reading direction escaped."""
+    return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
