@@ -44,7 +44,8 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         """Keep these rows, in this order."""
         if self.buffers is not None:
             keys, values = self.buffers
-            self.buffers = keys.index_select(0, beam_idx), values.index_select(0, beam_idx)
+            rows = beam_idx.to(keys.device)
+            self.buffers = keys.index_select(0, rows), values.index_select(0, rows)
             self._show()
 
     def _show(self) -> tuple[Tensor, Tensor]:
