@@ -66,13 +66,14 @@ def show_command(checkpoint: str, as_json: bool) -> None:
     record = registry.checkpoint(checkpoint)
     files = registry.files(record).files
     children = registry.children(record)
+    parents = registry.parents(record)
     if as_json:
         listed = [{"path": path, "sha256": entry.sha256, "bytes": entry.size} for path, entry in files.items()]
         print_json({**record.as_dict(), "files": listed, "children": [child.id for child in children]})
         return
     rows = [(path, size(entry.size), entry.sha256[:12]) for path, entry in files.items()]
     print_rich(
-        _facts(record, [f"{child.name}@{child.id[:8]}" for child in children]),
+        _facts(record, parents, children),
         "",
         *_metrics(record),
         table(("file", "size", "sha256"), rows, right=("size",)),
@@ -108,10 +109,8 @@ def verify_command(checkpoints: tuple[str, ...], as_json: bool) -> None:
         print_json([{"id": r.id, "name": r.name, "path": str(r.path), "problems": found[r.id]} for r in records])
     else:
         for record in records:
-            click.echo(
-                f"{record.name}@{record.id[:8]}  {'; '.join(found[record.id]) or f'intact, {size(record.size)}'}"
-            )
-    damaged = [f"{record.name}@{record.id[:8]}" for record in records if found[record.id]]
+            click.echo(f"{_short(record)}  {'; '.join(found[record.id]) or f'intact, {size(record.size)}'}")
+    damaged = [_short(record) for record in records if found[record.id]]
     if damaged:
         raise CheckFailed(f"not as registered: {', '.join(damaged)}", "Put the original files back, or make it again.")
 
@@ -122,7 +121,7 @@ def verify_command(checkpoints: tuple[str, ...], as_json: bool) -> None:
 def tag_command(checkpoint: str, tag: str) -> None:
     """Give a checkpoint a name of your own. A tag that exists moves; a tagged checkpoint is never collected."""
     record = _registry().tag(checkpoint, tag)
-    click.echo(f"{tag} is {record.name}@{record.id[:8]}")
+    click.echo(f"{tag} is {_short(record)}")
 
 
 @checkpoints_group.command("untag")
@@ -138,7 +137,7 @@ def untag_command(tag: str) -> None:
 def remove_command(checkpoint: str) -> None:
     """Remove a checkpoint and its files. Refused while a tag points to it or something was made from it."""
     record = _registry().remove(checkpoint)
-    click.echo(f"removed {record.name}@{record.id[:8]}")
+    click.echo(f"removed {_short(record)}")
 
 
 @checkpoints_group.command("gc")
@@ -160,13 +159,20 @@ def gc_command(dry_run: bool, as_json: bool) -> None:
     click.echo(f"{len(removals)} {verb}, {size(sum(removal.size for removal in removals))}")
 
 
+def _short(record: CheckpointRecord) -> str:
+    return f"{record.name}@{record.id[:8]}"
+
+
 def _registry(*, create: bool = True) -> Registry:
     from align.registry.store import Registry
 
     return Registry.open(create=create)
 
 
-def _facts(record: CheckpointRecord, children: list[str]) -> RenderableType:
+def _facts(
+    record: CheckpointRecord, parents: list[CheckpointRecord], children: list[CheckpointRecord]
+) -> RenderableType:
+    known = {parent.id: _short(parent) for parent in parents}
     return facts([
         ("name", record.name),
         ("id", record.id),
@@ -176,9 +182,9 @@ def _facts(record: CheckpointRecord, children: list[str]) -> RenderableType:
         ("path", str(record.path)),
         ("size", size(record.size)),
         ("tags", " ".join(record.tags)),
-        ("parents", "\n".join(record.parents)),
+        ("parents", "\n".join(known.get(parent, parent) for parent in record.parents)),
         ("data", "\n".join(f"{use.name} {use.id[:12]} ({use.rows:,} rows)" for use in record.data)),
-        ("made from it", "\n".join(children)),
+        ("made from it", "\n".join(_short(child) for child in children)),
         ("template", (record.template_sha256 or "")[:12]),
         ("versions", ", ".join(f"{name} {version}" for name, version in record.versions.items())),
     ])  # fmt: skip

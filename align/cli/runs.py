@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
 STYLES = {"running": "blue", "finished": "green", "failed": "red", "crashed": "red", "interrupted": "yellow"}
 LOG_LINES = 10
+CONTENT_HASH = re.compile(r"[0-9a-f]{64}")
 
 
 @click.group("runs")
@@ -100,27 +103,31 @@ def _facts(record: RunRecord, made: list[str]) -> RenderableType:
 
 
 def _indented(values: dict[str, object]) -> str:
-    """Nested settings as 'path: value' lines: everything that was set, nothing that is empty."""
+    """Nested settings as 'path: value' lines, hashes shortened: everything that was set, nothing that is empty."""
     lines = []
     for name, value in values.items():
         if isinstance(value, dict):
             lines += [f"{name}.{line}" for line in _indented(value).splitlines()]
         elif value not in (None, [], ""):
-            lines.append(f"{name}: {value}")
+            lines.append(f"{name}: {value[:12] if isinstance(value, str) and CONTENT_HASH.fullmatch(value) else value}")
     return "\n".join(lines)
 
 
 def _metrics(metrics: Sequence[MetricRow]) -> list[RenderableType]:
+    """One line a metric. A step without a finite number counts as a point and shows as the last, never as an extreme."""
     series: dict[str, list[MetricRow]] = {}
     for row in metrics:
         series.setdefault(row.name, []).append(row)
-    rows = [
-        (name, str(len(points)), number(points[0].value), number(points[-1].value),
-         number(min(p.value for p in points)), number(max(p.value for p in points)), str(points[-1].step))
-        for name, points in sorted(series.items())
-    ]  # fmt: skip
+    rows = [(name, *_extent(points)) for name, points in sorted(series.items())]
     columns = ("metric", "points", "first", "last", "lowest", "highest", "step")
     return [table(columns, rows, right=columns[1:]), ""] if rows else []
+
+
+def _extent(points: Sequence[MetricRow]) -> list[str]:
+    """Number of points; first, last, lowest and highest value; last step."""
+    finite = [point.value for point in points if math.isfinite(point.value)] or [math.nan]
+    values = (points[0].value, points[-1].value, min(finite), max(finite))
+    return [str(len(points)), *(number(value) for value in values), str(points[-1].step)]
 
 
 def _log(path: Path) -> list[RenderableType]:

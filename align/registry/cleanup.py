@@ -142,10 +142,9 @@ def _superseded(records: Sequence[AnyRecord], kept: set[str], what: Literal["che
     for record in records:
         if record.id not in kept:
             gone.setdefault(record.id, []).append(record)
-    why = "a newer one has its name, " + ("no tag points to it and " if what == "checkpoint" else "")
     return [
         Removal(
-            what, rows[0].id, rows[0].name, rows[0].path, rows[0].size, f"{why}nothing that is kept was made from it",
+            what, rows[0].id, rows[0].name, rows[0].path, rows[0].size, "superseded; nothing kept needs it",
             tuple(row.number for row in rows),
         )
         for rows in gone.values()

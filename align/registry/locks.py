@@ -42,12 +42,13 @@ class FileLock:
     def acquire(self, *, wait_seconds: float = 2.0) -> bool:
         """Whether the lock was got in time. Two seconds outlast the glance of another process's `is_held`."""
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-        deadline = time.monotonic() + wait_seconds
+        deadline, pause = time.monotonic() + wait_seconds, 0.001
         while not _try_lock(descriptor, self._mode):
             if time.monotonic() >= deadline:
                 os.close(descriptor)
                 return False
-            time.sleep(0.02)
+            time.sleep(pause)
+            pause = min(2 * pause, 0.05)
         if self._mode == fcntl.LOCK_EX:
             os.truncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)

@@ -13,6 +13,7 @@ from align.registry.hashing import Manifest
 from align.registry.locks import is_held
 from align.registry.records import CheckpointRecord, DataRecord, DataUse, MetricRow, RunRecord, Status
 
+ALL = "1 = 1"
 EVERYTHING = 2**62  # as a LIMIT; `LIMIT ALL` is not SQLite's, -1 not PostgreSQL's
 
 CHECKPOINTS = """
@@ -28,7 +29,7 @@ RUNS = "SELECT * FROM runs r WHERE {condition} ORDER BY r.number DESC LIMIT {lim
 
 
 def checkpoints(
-    database: Database, home: Path, condition: str = "1 = 1", limit: int | None = None, **values: Any
+    database: Database, home: Path, condition: str = ALL, limit: int | None = None, **values: Any
 ) -> list[CheckpointRecord]:
     """Checkpoints for which the SQL condition holds, newest first. Tables: c, a (artifacts), r (runs)."""
     rows = database.read(CHECKPOINTS.format(condition=condition, limit=limit or EVERYTHING), **values)
@@ -36,13 +37,13 @@ def checkpoints(
     return [_checkpoint(row, home, tuple(tags.get(row["number"], ()))) for row in rows]
 
 
-def datasets(database: Database, home: Path, condition: str = "1 = 1", **values: Any) -> list[DataRecord]:
+def datasets(database: Database, home: Path, condition: str = ALL, **values: Any) -> list[DataRecord]:
     """Data sets for which the SQL condition holds, newest first. Tables: d, a (artifacts)."""
     return [_data(row, home) for row in database.read(DATA.format(condition=condition), **values)]
 
 
 def runs(
-    database: Database, home: Path, condition: str = "1 = 1", limit: int | None = None, **values: Any
+    database: Database, home: Path, condition: str = ALL, limit: int | None = None, **values: Any
 ) -> list[RunRecord]:
     """Runs for which the SQL condition holds, newest first, with the status that is true now. Table: r."""
     return [

@@ -54,6 +54,19 @@ def parse_reference(reference: str) -> tuple[str, str]:
     return match["name"], match["id"] or ""
 
 
+def is_id(name: str, prefix: str) -> bool:
+    """Whether a parsed reference can be the beginning of an id."""
+    return not prefix and ID_PREFIX.fullmatch(name) is not None
+
+
+def chosen(named: Sequence[Record], prefix: str, what: str, reference: str) -> Record:
+    """Of the records of one name, the newest, or the one whose id begins with `prefix`. Raises as `only_one` does."""
+    if not prefix:
+        return named[0]
+    matching = [record for record in named if record.id.startswith(prefix)]
+    return only_one(matching, what, reference, (f"{reference.partition('@')[0]}@{record.id[:8]}" for record in named))
+
+
 def only_one(found: Sequence[Record], what: str, reference: str, known: Iterable[str]) -> Record:
     """The newest of the records found, when they all have one id.
 

@@ -13,7 +13,8 @@ artifact, so the lineage of both is kept and neither costs space twice.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -53,9 +54,14 @@ def target_path(output: Output, artifact: str) -> str:
     return f"{FOLDERS[output.table]}/{artifact[:16]}"
 
 
-def home_lock(home: Path) -> FileLock:
-    """Held while artifacts come under their final name or go: no sweeper sees one that has no row yet."""
-    return FileLock(home / "lock")
+@contextmanager
+def home_lock(home: Path) -> Iterator[None]:
+    """Held while artifacts come under their final name or go: no sweeper sees one that has no row yet.
+
+    Raises AlignError where the folder cannot be written, StageFailed when the disk is full.
+    """
+    with disk_errors_explained(home), FileLock(home / "lock"):
+        yield
 
 
 def now() -> str:
@@ -73,7 +79,7 @@ def clear_work(work: Path) -> None:
 def publish_all(
     database: Database, home: Path, ready: Sequence[tuple[Output, Manifest]], run_id: str | None
 ) -> list[int]:
-    with disk_errors_explained(home), home_lock(home):
+    with home_lock(home):
         placed: list[tuple[Output, Manifest]] = []
         for output, manifest in ready:
             target = home / target_path(output, manifest.id)

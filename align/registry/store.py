@@ -21,7 +21,7 @@ from align.registry.lineage import Lineage, children_of, ids_in, trace
 from align.registry.migrations import LATEST, migrate, refuse_newer
 from align.registry.records import CheckpointRecord, DataRecord, MetricRow, RunRecord, to_json
 from align.registry.recovery import recover
-from align.registry.references import ID_PREFIX, RUN_PREFIX, check_name, check_tag, only_one, parse_reference
+from align.registry.references import RUN_PREFIX, check_name, check_tag, chosen, is_id, only_one, parse_reference
 from align.registry.registration import Output, home_lock, now, register
 from align.registry.run import Run
 
@@ -61,7 +61,7 @@ class Registry:
             discard(folder)
             return present
         (number,) = register(self._database, self.home, [Output("datasets", folder, columns)], None)
-        return queries.datasets(self._database, self.home, "d.number = :number", number=number)[0]
+        return self._datasets("d.number = :number", number=number)[0]
 
     def new_folder(self, what: str) -> Path:
         """An empty folder on the registry's disk, to be moved in later. what: `data`. gc sweeps one that was forgotten."""
@@ -74,21 +74,20 @@ class Registry:
 
     def data_by_key(self, key: str) -> DataRecord | None:
         """The newest data set that was made from what `key` is the hash of."""
-        found = queries.datasets(self._database, self.home, "d.key = :key", key=key)
+        found = self._datasets("d.key = :key", key=key)
         return found[0] if found else None
 
     def data(self, reference: str) -> DataRecord:
         """The newest data set of that name, or the one whose id begins so. Raises AlignError for none or several."""
         name, prefix = parse_reference(reference)
-        found = queries.datasets(self._database, self.home, "d.name = :name", name=name)
-        found = [record for record in found if record.id.startswith(prefix)]
-        if not found and not prefix and ID_PREFIX.fullmatch(name):
-            found = queries.datasets(self._database, self.home, "d.artifact LIKE :start", start=f"{name}%")
-        return only_one(found, "data set", reference, (record.name for record in self.all_data()))
+        if named := self._datasets("d.name = :name", name=name):
+            return chosen(named, prefix, "data set", reference)
+        by_id = self._datasets("d.artifact LIKE :start", start=f"{name}%") if is_id(name, prefix) else []
+        return only_one(by_id, "data set", reference, {record.name for record in self.all_data()})
 
     def all_data(self) -> list[DataRecord]:
         """All data sets, newest first."""
-        return queries.datasets(self._database, self.home)
+        return self._datasets()
 
     # Runs
 
@@ -140,21 +139,17 @@ class Registry:
 
     def run(self, id_prefix: str) -> RunRecord:
         """The run whose id begins so. Raises AlignError for none or several."""
-        name, _ = parse_reference(id_prefix)
-        hexadecimal = RUN_PREFIX.fullmatch(name) is not None
-        found = queries.runs(self._database, self.home, "r.id LIKE :start", start=f"{name}%") if hexadecimal else []
+        found = self._runs("r.id LIKE :start", start=f"{id_prefix}%") if RUN_PREFIX.fullmatch(id_prefix) else []
         known = {row["id"] for row in self._database.read("SELECT id FROM runs ORDER BY number DESC LIMIT 20")}
         return only_one(found, "run", id_prefix, known)
 
     def all_runs(self, limit: int | None = None) -> list[RunRecord]:
         """All runs, or the newest `limit`, newest first, each with the status that is true now."""
-        return queries.runs(self._database, self.home, limit=limit)
+        return self._runs(limit=limit)
 
     def resumable(self, key: str) -> RunRecord | None:
         """The last run of that key that does not run now, if it did not finish and its folder is still there."""
-        done = [
-            run for run in queries.runs(self._database, self.home, "r.key = :key", key=key) if run.status != "running"
-        ]
+        done = [run for run in self._runs("r.key = :key", key=key) if run.status != "running"]
         return done[0] if done and done[0].status != "finished" and done[0].work.is_dir() else None
 
     def metrics(self, run_id: str) -> list[MetricRow]:
@@ -169,15 +164,11 @@ class Registry:
         Raises AlignError with the nearest name when there is none, with the candidates when there are several.
         """
         name, prefix = parse_reference(reference)
-        tagged = "c.number IN (SELECT checkpoint FROM tags WHERE tag = :name)"
-        for condition in ("c.name = :name", tagged):
-            found = queries.checkpoints(self._database, self.home, condition, name=name)
-            if matching := [record for record in found if record.id.startswith(prefix)]:
-                return only_one(matching, "checkpoint", reference, ()) if prefix else matching[0]
-        found = []
-        if not prefix and ID_PREFIX.fullmatch(name):
-            found = queries.checkpoints(self._database, self.home, "c.artifact LIKE :start", start=f"{name}%")
-        return only_one(found, "checkpoint", reference, self._known_references())
+        for condition in ("c.name = :name", "c.number IN (SELECT checkpoint FROM tags WHERE tag = :name)"):
+            if named := self._checkpoints(condition, name=name):
+                return chosen(named, prefix, "checkpoint", reference)
+        by_id = self._checkpoints("c.artifact LIKE :start", start=f"{name}%") if is_id(name, prefix) else []
+        return only_one(by_id, "checkpoint", reference, self._known_references())
 
     def knows(self, reference: str) -> bool:
         """Whether `checkpoint` would find something."""
@@ -189,16 +180,21 @@ class Registry:
 
     def checkpoint_by_key(self, key: str) -> CheckpointRecord | None:
         """The newest checkpoint whose run had this key."""
-        found = queries.checkpoints(self._database, self.home, "r.key = :key", key=key)
+        found = self._checkpoints("r.key = :key", key=key)
         return found[0] if found else None
 
     def all_checkpoints(self, limit: int | None = None) -> list[CheckpointRecord]:
         """All checkpoints, or the newest `limit`, newest first."""
-        return queries.checkpoints(self._database, self.home, limit=limit)
+        return self._checkpoints(limit=limit)
 
     def files(self, record: CheckpointRecord | DataRecord) -> Manifest:
         """Files of an artifact as they were registered: hashes and sizes."""
         return queries.manifest(self._database, record.id)
+
+    def parents(self, record: CheckpointRecord) -> list[CheckpointRecord]:
+        """Checkpoints of the registry that this one was made from."""
+        found = [self._checkpoints("c.artifact = :id", id=parent) for parent in record.parents]
+        return [newest[0] for newest in found if newest]
 
     def children(self, record: CheckpointRecord) -> list[CheckpointRecord]:
         """Checkpoints that were made from this one, newest first."""
@@ -216,7 +212,7 @@ class Registry:
 
         record = self.checkpoint(reference)
         check_tag(tag)
-        if queries.checkpoints(self._database, self.home, "c.name = :name", name=tag):
+        if self._checkpoints("c.name = :name", name=tag):
             raise AlignError(f"'{tag}' is the name of a checkpoint", "Choose another tag.")
         with self._database.write() as connection:
             connection.execute(delete(tags).where(tags.c.tag == tag))
@@ -260,7 +256,7 @@ class Registry:
         """Removes a checkpoint. Raises AlignError when something was made from it, uses it now, or a tag points to it."""
         with home_lock(self.home):
             record = self.checkpoint(reference)
-            last = len(queries.checkpoints(self._database, self.home, "c.artifact = :id", id=record.id)) == 1
+            last = len(self._checkpoints("c.artifact = :id", id=record.id)) == 1
             self._refuse_needed(record, last=last)
             cleanup.delete_rows(self._database, [[record.number]], "checkpoints")
             if last:
@@ -270,6 +266,15 @@ class Registry:
     def gc(self, dry_run: bool = False) -> list[cleanup.Removal]:
         """Removes what nothing needs (see cleanup) and returns it with the reasons; `dry_run`: only says so."""
         return cleanup.collect(self._database, self.home, dry_run=dry_run)
+
+    def _checkpoints(self, condition: str = queries.ALL, **values: Any) -> list[CheckpointRecord]:
+        return queries.checkpoints(self._database, self.home, condition, **values)
+
+    def _datasets(self, condition: str = queries.ALL, **values: Any) -> list[DataRecord]:
+        return queries.datasets(self._database, self.home, condition, **values)
+
+    def _runs(self, condition: str = queries.ALL, **values: Any) -> list[RunRecord]:
+        return queries.runs(self._database, self.home, condition, **values)
 
     @contextmanager
     def _started(self, run: Run) -> Iterator[Connection]:

@@ -1,0 +1,120 @@
+"""The same registry in PostgreSQL. Needs ALIGN_TEST_POSTGRES_URL, or the server's own programs to start one."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from align.errors import AlignError
+from align.registry import Registry
+from align.registry.migrations import LATEST
+from tests.registry_fill import add_checkpoint, add_data, begin, fail, finish
+
+pytest.importorskip("psycopg", reason="no psycopg: pip install 'align[postgres]'")
+ROOT = Path(__file__).parents[1]
+ACCOUNT = "postgres" if os.geteuid() == 0 else None  # the server refuses to run as root
+
+
+def program(name: str) -> str | None:
+    folders = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), *map(str, folders)]))
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    if given := os.environ.get("ALIGN_TEST_POSTGRES_URL"):
+        yield given
+        return
+    initdb, postgres = program("initdb"), program("pg_ctl")
+    if not initdb or not postgres:
+        pytest.skip("no PostgreSQL server here and no ALIGN_TEST_POSTGRES_URL")
+    folder = Path("/tmp") / f"align-postgres-{os.getpid()}"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = f"-p {port} -k /tmp -c listen_addresses=127.0.0.1 -c fsync=off"
+    quiet = {"user": ACCOUNT, "cwd": "/tmp", "check": True, "stdout": subprocess.DEVNULL}
+    try:
+        subprocess.run([initdb, "-D", str(folder), "-U", "align", "-A", "trust", "-E", "UTF8"], **quiet)
+        subprocess.run([postgres, "-D", str(folder), "-w", "-o", options, "-l", str(folder / "log"), "start"], **quiet)
+        yield f"postgresql://align@127.0.0.1:{port}/postgres"
+        subprocess.run([postgres, "-D", str(folder), "-m", "immediate", "stop"], **quiet)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def registry(server: str) -> Registry:
+    import psycopg
+
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute("DROP SCHEMA public CASCADE")
+        connection.execute("CREATE SCHEMA public")
+    return Registry.open(url=server)
+
+
+def test_a_chain_is_registered_found_traced_and_swept(registry: Registry) -> None:
+    data = add_data(registry)
+    old = add_checkpoint(registry, content="old")
+    sft = add_checkpoint(registry, content="new")
+    dpo = add_checkpoint(registry, "harbour/dpo", parents=[sft.id])
+    registry.tag("harbour/dpo", "best")
+    assert registry.checkpoint("best").id == registry.checkpoint(dpo.id[:9]).id == dpo.id
+    assert registry.data("harbour/instructions").id == data.id
+    assert set(registry.lineage("best").nodes) == {sft.id, dpo.id}
+    assert registry.verify("best") == []
+    with pytest.raises(AlignError, match="is the parent of"):
+        registry.remove("harbour/sft")
+    assert [removal.id for removal in registry.gc()] == [old.id]
+    assert registry._database.version() == LATEST
+    assert (registry.home / "checkpoints" / sft.id[:16]).is_dir()
+    assert not (registry.home / "registry.db").exists()
+
+
+def test_metrics_and_the_end_of_runs_are_kept(registry: Registry) -> None:
+    with begin(registry) as run:
+        run.log_metrics(1, {"loss": math.nan})
+        run.log_metrics(2, {"loss": 2.0})
+        run.log_metrics(2, {"loss": 1.0})
+        run.log_metrics(3, {"loss": 0.5})
+        run.truncate_metrics(2)
+        finish(run, "harbour/sft", "w")
+    first, second = registry.metrics(run.id)
+    assert math.isnan(first.value)
+    assert second.value == 1.0
+    fail(registry)
+    assert [record.status for record in registry.all_runs()] == ["failed", "finished"]
+
+
+WRITER = """
+import sys
+from align.registry import Registry
+from tests.registry_fill import add_checkpoint
+registry = Registry.open()
+for number in range(15):
+    add_checkpoint(registry, "harbour/sft", f"{sys.argv[1]} {number}")
+"""
+
+
+def test_writers_at_once_lose_nothing(registry: Registry, server: str) -> None:
+    environment = {**os.environ, "ALIGN_REGISTRY_URL": server}
+    writers = [
+        subprocess.Popen([sys.executable, "-c", WRITER, str(number)], env=environment, cwd=ROOT) for number in range(4)
+    ]
+    assert [writer.wait() for writer in writers] == [0] * 4
+    assert len({record.number for record in registry.all_checkpoints()}) == 60
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_home_used_with_sqlite_before_is_refused(server: str, tmp_path: Path) -> None:
+    add_checkpoint(Registry.open(tmp_path / "embedded"))
+    with pytest.raises(AlignError, match="belongs to registry"):
+        Registry.open(tmp_path / "embedded", url=server)
