@@ -183,6 +183,14 @@ def test_a_policys_adapter_has_to_be_merged_before_it_becomes_a_reward_model(tin
         load_reward(source_of(save(policy, tmp_path / "saved", tiny_llama)), trainable=True)
 
 
+def test_a_reward_adapter_on_a_bfloat16_base_trains_its_head_in_float32(tiny_llama: Path) -> None:
+    model = load_reward(source_of(tiny_llama), trainable=True, precision="bfloat16", **WAYS["lora"])
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    before = snapshot(model)
+    train_reward(model, steps=20)
+    assert all(torch.equal(p, before[name]) != p.requires_grad for name, p in model.named_parameters())
+
+
 def test_a_row_without_tokens_has_no_reward(tiny_llama: Path) -> None:
     model = load_reward(source_of(tiny_llama), trainable=True).eval()
     with pytest.raises(ValueError, match="without tokens"):

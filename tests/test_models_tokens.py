@@ -24,12 +24,15 @@ def tokens_trained(make: Callable[..., Any], base: Path, folder: Path, **way: An
     ids = IDS.clone()
     ids[:, ::3], ids[:, 1::3] = added
     before = logits_of(model, ids)
+    rows = model.get_input_embeddings()(torch.tensor(added)).detach().clone()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(3):
         model(ids, labels=ids, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     assert (logits_of(model, ids) - before).abs().max() > 1e-3
+    assert (model.get_input_embeddings()(torch.tensor(added)) != rows).float().mean() > 0.9, "their rows must move"
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     save_checkpoint(model, tokenizer, folder)
     return model, ids
 
@@ -89,6 +92,10 @@ def test_a_vocabulary_larger_than_the_tokenizer_never_shrinks(tmp_path: Path, ti
     torch.testing.assert_close(logits_of(again, ids), logits_of(trained, ids), atol=1e-5, rtol=0)
     spare = [name for name, p in trained.named_parameters() if "trainable_tokens" in name and p.requires_grad]
     assert spare, "tokens in spare rows of the embeddings train too"
+
+
+def test_added_tokens_train_in_float32_on_a_bfloat16_base(base: Path, tmp_path: Path) -> None:
+    tokens_trained(load_policy, base, tmp_path / "saved", **WAYS["lora"], precision="bfloat16")
 
 
 def test_tokens_added_after_an_adapter_began_are_refused(tiny_llama: Path, tmp_path: Path) -> None:

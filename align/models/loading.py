@@ -183,7 +183,7 @@ def _assembled(wish: _Wish, *, reward: bool) -> Any:
             model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if not wish.dropout:
         silence_dropout(model)
-    if wish.gradient_checkpointing and wish.trainable:
+    if wish.gradient_checkpointing and wish.trainable:  # not reentrant: frozen embeddings would cut off the gradients
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return _adapted(model, replace(wish, source=source), root, dtype)
 
@@ -192,8 +192,6 @@ def _adapted(model: Any, wish: _Wish, root: Source, dtype: torch.dtype) -> Any:
     source = wish.source
     if wish.adapter is None and not source.is_adapter:
         return model
-    if wish.gradient_checkpointing and wish.trainable:
-        model.enable_input_require_grads()  # frozen embeddings would cut the recomputed blocks off from their inputs
     record = record_of(root, wish.base_quantize, dtype)
     added = _added_tokens(wish)
     if wish.adapter is not None:
