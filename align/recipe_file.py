@@ -157,8 +157,7 @@ def _replaced(root: Node, node: Node, path: list[str], depth: int, value: Node) 
     if step not in entries:
         _check_new_key(root, walked, path[depth:], entries, value.place)
     child = entries.get(step) or Node(None, value.place, value.place)
-    new = _replaced(root, child, path, depth + 1, value)
-    return replace(node, value={**entries, step: replace(new, key_place=value.place) if step not in entries else new})
+    return replace(node, value={**entries, step: _replaced(root, child, path, depth + 1, value)})
 
 
 def _entries(root: Node, node: Node, walked: tuple[str, ...], place: Place) -> dict[str, Node]:

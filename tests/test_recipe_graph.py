@@ -72,6 +72,7 @@ def test_long_chains_are_no_trouble():
         ({"a": ["a"]}, ["a", "a"]),
         ({"a": ["b"], "b": ["c"], "c": []}, []),
         ({"x": ["a"], "a": ["b"], "b": ["a"]}, None),
+        ({"a": ["b"], "b": ["c"], "c": ["a"]}, None),
     ],
 )
 def test_cycles_are_found_and_walk_along_real_edges(graph, cycle):

@@ -12,7 +12,6 @@ from align.recipe_file import load_recipe
 from align.recipe_graph import recipe_warnings, topological_order
 
 FOLDER = Path(__file__).parents[1] / "recipes"
-EMBEDDED = {"quickstart.yaml", "harbour-base.yaml"}  # with the world that ships in data/
 
 # What the hub's config.json of each model says (as of 2026); no hub is needed to plan with it.
 CONFIGS = {
@@ -63,7 +62,8 @@ SMOLTALK_SUBSETS = {"all", "everyday-conversations", "smol-magpie-ultra"}
 FILES = sorted(path for path in FOLDER.iterdir() if path.suffix in (".yaml", ".yml"))
 # A recipe has stages; other YAML files (judges, constitutions) may lie beside.
 RECIPES = [path for path in FILES if "stages" in yaml.safe_load(path.read_text(encoding="utf-8"))]
-HUB_RECIPES = [path for path in RECIPES if path.name not in EMBEDDED]
+# The others start from a folder that ships with the project.
+HUB_RECIPES = [path for path in RECIPES if not (FOLDER / load_recipe(path).model).exists()]
 
 
 def test_every_shipped_recipe_is_found():
