@@ -5,7 +5,7 @@ The text is plain SQL that SQLite and PostgreSQL both take. A registry written b
 
 from __future__ import annotations
 
-import secrets
+import os
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -39,7 +39,7 @@ def _tables(connection: Connection) -> None:
             run TEXT NOT NULL REFERENCES runs (id), step INTEGER NOT NULL, name TEXT NOT NULL, value DOUBLE PRECISION,
             PRIMARY KEY (run, step, name))""",
         "CREATE TABLE identity (id TEXT NOT NULL PRIMARY KEY)",
-        f"INSERT INTO identity (id) VALUES ('{secrets.token_hex(8)}')",
+        f"INSERT INTO identity (id) VALUES ('{os.urandom(8).hex()}')",
         "CREATE TABLE tags (tag TEXT NOT NULL PRIMARY KEY, checkpoint INTEGER NOT NULL REFERENCES checkpoints (number))",
     ):
         connection.exec_driver_sql(statement)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import socket
+import os
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,6 @@ def _status(row: Row, lock: Path) -> Status:
     Of a run on another machine whose folder is not here, only the row can be believed.
     """
     stored: Status = row["status"]
-    if stored != "running" or is_held(lock) or (row["host"] != socket.gethostname() and not lock.exists()):
+    if stored != "running" or is_held(lock) or (row["host"] != os.uname().nodename and not lock.exists()):
         return stored
     return "crashed"

@@ -55,7 +55,7 @@ class CheckpointRecord:
     """A registered checkpoint. parents: ids of checkpoints, or hub ids and folders that lie outside the registry.
 
     id: content hash of its files, which two runs may share; number: order of registration, unique; size in bytes;
-    recipe: the resolved settings of the run that made it.
+    recipe: what the run that made it recorded; its entry `recipe`, where there is one, is the resolved recipe.
     """
 
     number: int
@@ -83,7 +83,7 @@ class CheckpointRecord:
         return {
             "id": self.id, "name": self.name, "kind": self.kind, "path": str(self.path), "bytes": self.size,
             "stage": self.stage, "run": self.run, "key": self.key, "parents": list(self.parents),
-            "data": [use.as_dict() for use in self.data], "recipe": dict(self.recipe),
+            "data": [use.as_dict() for use in self.data], "recipe": dict(self.recipe.get("recipe", self.recipe)),
             "template_sha256": self.template_sha256, "tokenizer_sha256": self.tokenizer_sha256,
             "metrics": dict(self.metrics), "versions": dict(self.versions), "tags": list(self.tags),
             "created": self.created,

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
-import socket
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,8 +62,10 @@ class Registry:
 
     def new_folder(self, what: str) -> Path:
         """An empty folder on the registry's disk, to be moved in later. what: `data`. gc sweeps one that was forgotten."""
+        folder = self.home / what / f"{NEW}{os.urandom(8).hex()}"
         with disk_errors_explained(self.home):
-            return Path(tempfile.mkdtemp(prefix=NEW, dir=self.home / what))
+            folder.mkdir()
+        return folder
 
     def folder_of(self, record: CheckpointRecord | DataRecord) -> Path:
         """Where the files of a record are."""
@@ -107,13 +106,13 @@ class Registry:
 
         from align.registry.schema import runs
 
-        run = Run(self._database, self.home, secrets.token_hex(6))
+        run = Run(self._database, self.home, os.urandom(6).hex())
         with self._started(run) as connection:
             number = connection.execute(select(func.coalesce(func.max(runs.c.number), 0) + 1)).scalar_one()
             row = {
                 "number": number, "id": run.id, "recipe": check_name(recipe), "stage": check_name(stage), "kind": kind,
                 "key": key, "seed": seed, "settings": to_json(settings), "inputs": to_json(inputs), "status": "running",
-                "message": "", "host": socket.gethostname(), "started": now(), "ended": None,
+                "message": "", "host": os.uname().nodename, "started": now(), "ended": None,
             }  # fmt: skip
             connection.execute(insert(runs).values(row))
         return run
@@ -129,7 +128,7 @@ class Registry:
             raise AlignError(f"run {record.id} is finished; there is nothing to resume")
         run = Run(self._database, self.home, record.id)
         with self._started(run) as connection:
-            again = {"status": "running", "message": "", "ended": None, "host": socket.gethostname()}
+            again = {"status": "running", "message": "", "ended": None, "host": os.uname().nodename}
             connection.execute(update(runs).where(runs.c.id == record.id).values(again))
         return run
 
