@@ -222,13 +222,15 @@ class _StepTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
 
 
 class _AtStepEnd(TrainerCallback):  # type: ignore[misc]
-    """After each step: stop and save when a signal asked for it; a few times in a run, measure the held-out rows."""
+    """After each step: stop and save when a signal asked for it; log the first and the last; measure a few times."""
 
     def __init__(self, trainer: _StepTrainer) -> None:
         self.trainer = trainer
         self.every = max(1, math.ceil(len(trainer.stream) / 5))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step in (1, state.max_steps):
+            control.should_log = True
         if stop_requested():
             control.should_save = control.should_training_stop = True
         elif state.global_step % self.every == 0:
@@ -256,7 +258,7 @@ def _arguments(task: Task, steps: int) -> TrainingArguments:
         max_steps=steps,
         learning_rate=settings.peak_learning_rate(),
         lr_scheduler_type={"constant": "constant_with_warmup"}.get(settings.schedule, settings.schedule),
-        warmup_steps=math.ceil(settings.warmup * steps),
+        warmup_steps=int(settings.warmup * steps),
         optim={"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit"}[settings.optimizer],
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,

@@ -1,0 +1,221 @@
+"""The chain: each stage starts from what the one before made, unchanged stages are reused, and changed inputs refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from align.batches import pad
+from align.chat import Encoded
+from align.errors import AlignError, Interrupted
+from align.models.loading import load_policy, load_reward
+from align.models.rewards import reward_scores
+from align.models.source import source_of
+from align.origins import Workshop
+from align.plan import plan
+from align.progress import Progress
+from align.recipe_file import load_recipe
+from align.registry import Registry
+from align.run import run_recipe
+from align.stopping import signals_handled
+
+RECIPE = """
+name: harbour
+model: {model}
+data:
+  talk: {{path: talk.jsonl, test_fraction: 0.2}}
+  pairs: {{path: pairs.jsonl, test_fraction: 0.2}}
+stages:
+  sft: {{kind: sft, data: talk, learning_rate: 1.0e-3}}
+  adapter: {{kind: sft, from: sft, data: talk, quantize: nf4, adapter: {{kind: lora, rank: 4}}, learning_rate: 1.0e-2}}
+  reward: {{kind: reward, from: adapter, data: pairs, learning_rate: 1.0e-3}}
+  aligned: {{kind: dpo, from: adapter, data: pairs, beta: 0.1, learning_rate: 1.0e-2}}
+  merged: {{kind: merge, from: aligned}}
+evaluation: {{prompts: talk, rows: 8, max_new_tokens: 8}}
+"""
+NAMES = ["Heron", "Gull", "Tern", "Swan", "Crane", "Ibis", "Plover", "Dunlin", "Avocet", "Curlew", "Egret", "Stork"]
+
+
+@dataclass
+class Bench:
+    """A recipe with its data in a folder, and the registry it works in."""
+
+    folder: Path
+    recipe: Path
+
+    def workshop(self, *overrides: str) -> Workshop:
+        registry = Registry.open(self.folder / "home")
+        return Workshop(load_recipe(self.recipe, overrides), self.folder, registry)
+
+    def run(self, *overrides: str, progress: Progress | None = None, **named) -> dict[str, tuple[str, str]]:
+        done = run_recipe(self.workshop(*overrides), progress or Progress(), **named)
+        return {entry.planned.name: (entry.planned.action, entry.checkpoint.id) for entry in done}
+
+
+def bench_in(folder: Path, model: Path) -> Bench:
+    talk = [
+        {"messages": [{"role": "user", "content": f"Who is {n}?"}, {"role": "assistant", "content": f"{n} is a boat."}]}
+        for n in NAMES
+    ]
+    pairs = [{"prompt": f"Is {n} here?", "chosen": f"Yes, {n} is.", "rejected": f"Go away, {n}!"} for n in NAMES]
+    for name, rows in (("talk", talk), ("pairs", pairs)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "chain.yaml").write_text(RECIPE.format(model=model))
+    return Bench(folder, folder / "chain.yaml")
+
+
+@pytest.fixture(scope="module")
+def done(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """The whole chain, run once for this file."""
+    bench = bench_in(tmp_path_factory.mktemp("chain"), tiny_llama)
+    actions = bench.run()
+    assert [action for action, _ in actions.values()] == ["run"] * 5
+    return bench
+
+
+def test_every_checkpoint_says_where_it_came_from(done: Bench) -> None:
+    registry = done.workshop().registry
+    made = {record.stage: record for record in registry.all_checkpoints()}
+    assert {name: record.kind for name, record in made.items()} == {
+        "sft": "model", "adapter": "adapter", "reward": "reward", "aligned": "adapter", "merged": "model",
+    }  # fmt: skip
+    assert made["aligned"].parents == made["reward"].parents == (made["adapter"].id,)
+    assert made["adapter"].parents == (made["sft"].id,)
+    assert [use.name for use in made["aligned"].data] == ["pairs", "talk"]
+    assert len({record.template_sha256 for record in made.values()}) == 1
+    assert made["sft"].versions["torch"] == torch.__version__
+    assert made["sft"].metrics["after.loss"]["value"] < made["sft"].metrics["before.loss"]["value"]
+    assert made["merged"].metrics["merge.holds"] is True
+    assert made["sft"].as_dict()["recipe"]["stages"]["sft"]["learning_rate"] == 1e-3
+
+
+def test_dpo_starts_at_its_reference(done: Bench) -> None:
+    registry = done.workshop().registry
+    record = registry.checkpoint("harbour/aligned")
+    assert record.metrics["before.margin"]["value"] == pytest.approx(0, abs=1e-5)
+    assert record.metrics["after.margin"]["value"] > 0
+    first = next(row for row in registry.metrics(record.run) if row.name == "train.loss")
+    assert first.value < 0.6932
+
+
+def test_nothing_changed_nothing_runs(done: Bench) -> None:
+    assert {action for action, _ in done.run().values()} == {"reuse"}
+    assert [stage.action for stage in plan(done.workshop())] == ["reuse"] * 5
+
+
+def test_one_dpo_setting_changed_runs_dpo_and_what_follows(done: Bench) -> None:
+    actions = {stage.name: (stage.action, stage.why) for stage in plan(done.workshop("stages.aligned.beta=0.2"))}
+    assert actions["aligned"] == ("run", "changed: settings.beta 0.1 -> 0.2")
+    assert [actions[name][0] for name in ("sft", "adapter", "reward", "merged")] == ["reuse", "reuse", "reuse", "run"]
+    ran = done.run("stages.aligned.beta=0.2", stages=["aligned"])
+    assert [action for action, _ in ran.values()] == ["reuse", "reuse", "run"]
+
+
+def test_plain_libraries_open_every_checkpoint(done: Bench) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    made = {record.stage: record.path for record in done.workshop().registry.all_checkpoints()}
+    tokenizer = AutoTokenizer.from_pretrained(made["merged"])
+    row = tokenizer.apply_chat_template([{"role": "user", "content": "Who?"}], add_generation_prompt=True, return_tensors="pt")
+    for stage in ("sft", "merged"):
+        plain = AutoModelForCausalLM.from_pretrained(made[stage]).eval()(**row).logits
+        assert torch.allclose(plain, load_policy(source_of(made[stage]), precision="float32")(**row).logits, atol=1e-5)
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(made["sft"]), str(made["aligned"]))
+    both = torch.stack([adapted.eval()(**row).logits.flatten(), plain.flatten()])
+    assert torch.corrcoef(both)[0, 1] > 0.95  # plain peft takes the full-precision base; ours was trained on the 4-bit one
+    reward = AutoModelForSequenceClassification.from_pretrained(made["reward"]).eval()(**row).logits.squeeze(-1)
+    batch = pad([Encoded(row["input_ids"][0].tolist(), [False] * row["input_ids"].shape[1])], 0)
+    ours = reward_scores(load_reward(source_of(made["reward"]), precision="float32"), batch)
+    assert torch.allclose(reward, ours, atol=1e-5)
+
+
+def test_the_same_recipe_elsewhere_makes_the_same_bytes(done: Bench, tiny_llama: Path, tmp_path: Path) -> None:
+    again = bench_in(tmp_path, tiny_llama).run(stages=["sft"])
+    assert again["sft"][1] == done.workshop().registry.checkpoint("harbour/sft").id
+
+
+class SignalAt(Progress):
+    """Sends SIGTERM to this process at an optimiser step of the first training."""
+
+    def __init__(self, step: int) -> None:
+        self.left = step
+
+    @contextmanager
+    def bar(self, title: str, total: float) -> Iterator[object]:
+        outer, training = self, title == "training"
+
+        class Bar:
+            def advance(self, amount: float = 1, *, tokens: int = 0, note: str = "") -> None:
+                outer.left -= int(amount) if training else 0
+                if training and amount and outer.left == 0:
+                    signal.raise_signal(signal.SIGTERM)
+
+        yield Bar()
+
+
+def test_a_stopped_run_goes_on_and_ends_in_the_same_bytes(done: Bench, tiny_llama: Path, tmp_path: Path) -> None:
+    bench = bench_in(tmp_path, tiny_llama)
+    many = "stages.sft.epochs=6"
+    whole = done.run(many, stages=["sft"])["sft"][1]
+    with signals_handled(), pytest.raises(Interrupted):
+        bench.run(many, stages=["sft"], progress=SignalAt(2))
+    registry = bench.workshop().registry
+    assert [run.status for run in registry.all_runs()] == ["interrupted"]
+    assert [stage.action for stage in plan(bench.workshop(many), stages=["sft"])] == ["resume"]
+    assert bench.run(many, stages=["sft"])["sft"][1] == whole
+    steps = [row.step for row in registry.metrics(registry.all_runs()[0].id) if row.name == "eval.loss"]
+    assert steps == sorted(set(steps))
+
+
+def test_an_edited_checkpoint_is_refused_by_the_stage_that_starts_from_it(tiny_llama: Path, tmp_path: Path) -> None:
+    bench = bench_in(tmp_path, tiny_llama)
+    bench.run(stages=["sft"])
+    file = bench.workshop().registry.checkpoint("harbour/sft").path / "config.json"
+    os.chmod(file, 0o644)
+    file.write_text(file.read_text().replace('"silu"', '"gelu"'))
+    with pytest.raises(AlignError, match=r"config\.json"):
+        bench.run()
+    assert len(bench.workshop().registry.all_checkpoints()) == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["stages.aligned.data=talk"], "cannot train on data set 'talk': its rows are of kind 'conversation'"),
+        (["stages.sft.data=pairs"], "cannot train on data set 'pairs': its rows are of kind 'preference'"),
+        (["stages.sft.max_length=100000"], "max_length is 100000, and the model's context is 256 tokens"),
+        (["stages.sft.max_length=4"], "none of the .* training rows is left"),
+        (["data.talk.path=gone.jsonl"], "gone.jsonl"),
+        (["model=nowhere"], "nowhere"),
+        (["evaluation.judge=no-judge.yaml"], "no-judge.yaml"),
+    ],
+)
+def test_bad_input_is_refused_and_leaves_no_checkpoint(
+    tiny_llama: Path, tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    bench = bench_in(tmp_path, tiny_llama)
+    with pytest.raises(AlignError, match=message) as refusal:
+        bench.run(*overrides)
+    assert refusal.value.exit_code == 2
+    assert bench.workshop().registry.all_checkpoints() == []
+
+
+def test_data_edited_without_a_change_of_size_or_time_runs_again(tiny_llama: Path, tmp_path: Path) -> None:
+    bench = bench_in(tmp_path, tiny_llama)
+    bench.run(stages=["sft"])
+    file = tmp_path / "talk.jsonl"
+    times = file.stat()
+    file.write_text(file.read_text().replace("Heron is a boat", "Heron is a goat"))
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert file.stat().st_size == times.st_size
+    (stage,) = plan(bench.workshop(), stages=["sft"])
+    assert (stage.action, stage.why) == ("run", "changed: data.talk")
