@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from align.plan import PlannedStage
     from align.registry import CheckpointRecord
 
-WIDE = 100  # columns from which there is room for tokens per second and the note
+WIDE = 76  # columns from which there is room for tokens per second and the note
 WIDEST = 400  # columns of a table that goes into a file or a pipe
 _TOKENS = {"p50": "tokens median", "p95": "at 95%", "longest": "longest"}
 _LENGTH_DROPS = {
@@ -110,9 +110,9 @@ class _TimeLeft(ProgressColumn):
     def render(self, task: Task) -> Text:
         """Time left at the present speed."""
         left = task.time_remaining
-        return Text(
-            "" if left is None else f"{words.duration(round(left))} left".replace("0.0 s left", ""), style="dim"
-        )
+        if not left:
+            return Text("")
+        return Text(f"{words.duration(left) if left >= 10 else f'{left:.0f} s'} left", style="dim")
 
 
 def stage_table(checkpoints: Iterable[CheckpointRecord]) -> Table:

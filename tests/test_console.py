@@ -94,12 +94,13 @@ def test_data_cannot_steer_the_terminal() -> None:
         name="x/[red]\x1b[31m", kind="model", recipe={}, metrics={"after.\x1b]0;t\x07[link=file:///]y": 1.0}
     )
     console = terminal()
-    ConsoleProgress(console).note(" ".join(HOSTILE[:6]) + HOSTILE[6].replace("\ud800", ""))
+    ConsoleProgress(console).note(" ".join(HOSTILE[:6]) + HOSTILE[6].replace("\ud800", "") + "[bold]b[/bold]")
     text = table_text(stage_table([record])) + written(console)
     assert "\x1b" not in text
     assert "\x07" not in text
     assert "\u202e" not in text
     assert "[red]" in text
+    assert "[bold]b[/bold]" in text
 
 
 def test_ascii_terminals_get_ascii(checkpoints: list) -> None:

@@ -15,8 +15,8 @@ import pytest
 from click.testing import CliRunner
 
 from align.errors import AlignError
-from align.registry import Registry
-from align.report import lineage, svg, words
+from align.registry import MetricRow, Registry
+from align.report import curves, lineage, svg, words
 from align.report.chain import gather
 from align.report.numbers import Change, Meaning, Number, changes, headline
 from align.report.page import write_report
@@ -240,6 +240,44 @@ def test_thinning_keeps_ends_and_every_spike() -> None:
     assert thinned[-1] == points[-1]
     assert (7321.0, 99.0) in thinned
     assert thinned == sorted(thinned)
+
+
+def test_a_long_run_draws_small_and_a_broken_value_is_marked() -> None:
+    rows = [MetricRow(step, "train.loss", math.nan if step == 500 else math.sin(step)) for step in range(20_000)]
+    rows += [MetricRow(step, "train.epoch", step / 9) for step in range(5)] + [MetricRow(1, "eval.f1", 1.0)]
+    found = curves.charts(rows)
+    assert [chart.title for chart in found] == ["Loss"], "a lone point is no curve, and an epoch no metric"
+    assert len(found[0].drawing) < 8_000
+    assert found[0].drawing.count("×") == 1
+    assert curves.charts([MetricRow(step, "train.loss", math.nan) for step in range(3)])[0].drawing.count("<path") == 0
+
+
+def test_a_moving_mean_is_the_mean_of_its_window() -> None:
+    points = [(float(step), float(step % 2)) for step in range(81)]
+    means = curves.moving_mean(points)
+    assert [y for _, y in means][:2] == [0.0, pytest.approx(1 / 3)], "the window narrows at the ends"
+    window = [y for _, y in points[38:43]]
+    assert means[40] == (40.0, pytest.approx(sum(window) / 5))
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_every_text_can_be_read_in_light_and_dark(page: Path) -> None:
+    style = Page(page.read_text("utf-8")).inside["style"]
+    light, dark = (
+        dict(re.findall(r"--([\w-]+): (#\w{6})", part)) for part in style.split("prefers-color-scheme: dark")[:2]
+    )
+    pairs = [(ink, on) for on in ("paper", "sheet", "soft") for ink in ("ink", "quiet")]
+    pairs += [(name, f"{name}-soft") for name in ("blue", "rust", "ochre")] + [("blue", "paper")]
+    pairs += [(ink, f"{name}-soft") for name in ("blue", "rust", "ochre") for ink in ("ink", "quiet")]
+    for colours in (light, dark):
+        for ink, ground in pairs:
+            low, high = sorted((luminance(colours[ink]), luminance(colours[ground])))
+            assert (high + 0.05) / (low + 0.05) >= 4.5, f"{ink} on {ground} (WCAG 2.2, 1.4.3)"
 
 
 def test_round_marks_and_their_words() -> None:

@@ -19,6 +19,8 @@ from align.report.svg import Point
 WIDTH, HEIGHT = 360.0, 220.0
 LEFT, RIGHT, TOP, BOTTOM = 48.0, 14.0, 14.0, 30.0
 SMOOTHED_FROM, DOTTED_TO = 60, 20  # points of a line
+RAW_POINTS, MEAN_POINTS = 120, 60  # drawn at most
+NO_CURVES = ("epoch",)  # says nothing that the step does not
 _SOURCES = {"train": ("training", "train"), "eval": ("held-out", "held-out"), "test": ("held-out", "held-out")}
 _FIRST = ("loss", "accuracy", "margin", "kl", "learning_rate", "grad_norm", "tokens_per_second")
 
@@ -65,7 +67,7 @@ def charts(rows: Iterable[MetricRow]) -> list[CurveChart]:
         bare = name if name and source in _SOURCES else row.name
         grouped.setdefault(bare, {}).setdefault(source, []).append((row.step, float(row.value)))
     order = {name: place for place, name in enumerate(_FIRST)}
-    names = sorted(grouped, key=lambda name: order.get(name, len(order)))
+    names = sorted((name for name in grouped if name not in NO_CURVES), key=lambda name: order.get(name, len(order)))
     return [_chart(name, grouped[name]) for name in names if any(len(points) > 1 for points in grouped[name].values())]
 
 
@@ -110,7 +112,7 @@ def _axes(low: float, high: float, first: float, last: float) -> list[Markup]:
 
 
 def _line(series: Series, across: svg.Scale, up: svg.Scale) -> Markup:
-    drawn = [[(across(x), up(y)) for x, y in svg.thin(piece)] for piece in _pieces(series.points)]
+    drawn = [[(across(x), up(y)) for x, y in svg.thin(piece, RAW_POINTS)] for piece in _pieces(series.points)]
     noisy = len(series.points) >= SMOOTHED_FROM
     style = f"line {series.style}{' raw' if noisy else ''}"
     parts = [svg.element("path", d=svg.path(piece), class_=style) for piece in drawn]
@@ -119,7 +121,9 @@ def _line(series: Series, across: svg.Scale, up: svg.Scale) -> Markup:
     line = svg.element("g", *parts, data_name=series.name)
     if not noisy:
         return line
-    means = [[(across(x), up(y)) for x, y in svg.thin(_means(piece), 80)] for piece in _pieces(series.points)]
+    means = [
+        [(across(x), up(y)) for x, y in svg.thin(moving_mean(piece), MEAN_POINTS)] for piece in _pieces(series.points)
+    ]
     smooth = [svg.element("path", d=svg.path(piece), class_=f"line {series.style}") for piece in means]
     return Markup("").join([line, *smooth])
 
@@ -135,7 +139,7 @@ def _pieces(points: Sequence[Point]) -> list[list[Point]]:
     return [piece for piece in pieces if piece]
 
 
-def _means(points: Sequence[Point]) -> list[Point]:
+def moving_mean(points: Sequence[Point]) -> list[Point]:
     """Moving mean over a window of 1/20 of the points, centred, narrower at the ends."""
     half = max(1, len(points) // 40)
     totals = [0.0, *itertools.accumulate(y for _, y in points)]

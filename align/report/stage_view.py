@@ -32,7 +32,7 @@ _CAPTIONS = {
     "length_buckets": ("Accuracy by length", "Where the chosen answer is the shorter, of like length, the longer one."),
     "calibration": ("Calibration", "On the dashed line confidence is deserved; below it the model is too sure."),
 }
-MOST_SAMPLES, MOST_TEXT = 8, 1600
+MOST_SAMPLES, MOST_TEXT = 8, 1200  # answers of a stage, characters of each
 
 
 @dataclass(frozen=True)
