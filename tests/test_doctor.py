@@ -6,6 +6,7 @@ import json
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -137,3 +138,23 @@ def test_the_command_ends_well_and_speaks_json():
     assert text.exit_code == 0
     document = json.loads(CliRunner().invoke(doctor_command, ["--json"]).output)
     assert document["to_fix"] == sum(finding["status"] == "fix" for finding in document["findings"])
+
+
+def accelerators() -> dict[str, doctor.Finding]:
+    return {finding.name: finding for finding in doctor._accelerators()}
+
+
+def test_a_gpu_is_described(monkeypatch):
+    import torch
+
+    properties = SimpleNamespace(name="Card", total_memory=80 * GIB, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    assert accelerators()["gpu 0"].value == "Card, 80.0 GiB, compute 9.0"
+
+
+def test_a_driver_without_a_torch_for_it_is_something_to_fix(monkeypatch):
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    assert accelerators()["gpu"].status == "fix"

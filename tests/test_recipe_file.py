@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from align.errors import AlignError
 from align.recipe_file import load_recipe, read_recipe, resolved
@@ -51,8 +54,8 @@ def test_a_good_recipe_is_read_with_short_forms_and_defaults(recipe):
 
 
 def test_json_is_a_recipe_too(recipe):
-    settings = resolved(load_recipe(recipe()))
-    assert resolved(load_recipe(recipe(json.dumps(settings)))) == settings
+    found = resolved(load_recipe(recipe()))
+    assert resolved(load_recipe(recipe(json.dumps(found)))) == found
 
 
 def test_the_readme_example_of_an_error_is_what_is_said(recipe):
@@ -223,9 +226,9 @@ def test_left_out_learning_rates_are_filled_in_and_adapters_get_ten_times_as_muc
 
 
 def test_the_resolved_recipe_is_plain_json_with_nothing_left_to_guess(recipe):
-    settings = resolved(load_recipe(recipe(), ["seed=5"]))
-    assert json.loads(json.dumps(settings)) == settings
-    adapter = settings["stages"]["adapter"]
+    found = resolved(load_recipe(recipe(), ["seed=5"]))
+    assert json.loads(json.dumps(found)) == found
+    adapter = found["stages"]["adapter"]
     assert (adapter["seed"], adapter["adapter"]["alpha"], adapter["from"]) == (5, 32.0, "sft")
 
 
@@ -236,3 +239,18 @@ def test_reading_a_recipe_imports_no_torch(recipe):
     code = f"import sys; from pathlib import Path; from align.recipe_file import load_recipe; load_recipe(Path({str(recipe())!r}));"
     code += "assert not {'torch', 'transformers', 'sqlalchemy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+PATHS = (
+    "stages stages.sft stages.sft.kind stages.sft.from stages.aligned.loss stages.aligned.loss.kind stages.adapter.adapter "
+    "stages.adapter.adapter.rank stages.adapter.adapter.target.0 data data.preferences data.preferences.mix.0 "
+    "data.preferences.columns.a data.instructions.decontaminate name model evaluation evaluation.prompts log_to.0 seed"
+).split()
+VALUES = "3 -1 1e-5 true null [] {} [1,2] {a:1} 'x' x sft dpo adapter ipo 2.0 ~ *a &a !!x [{data:preferences}]".split()
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.sampled_from(PATHS), st.sampled_from(VALUES)), max_size=3))
+def test_whatever_is_set_is_read_or_refused(recipe, pairs):
+    with contextlib.suppress(AlignError):
+        resolved(load_recipe(recipe(), [f"{path}={value}" for path, value in pairs]))
