@@ -241,12 +241,51 @@ def test_reading_a_recipe_imports_no_torch(recipe):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-PATHS = (
-    "stages stages.sft stages.sft.kind stages.sft.from stages.aligned.loss stages.aligned.loss.kind stages.adapter.adapter "
-    "stages.adapter.adapter.rank stages.adapter.adapter.target.0 data data.preferences data.preferences.mix.0 "
-    "data.preferences.columns.a data.instructions.decontaminate name model evaluation evaluation.prompts log_to.0 seed"
-).split()
-VALUES = "3 -1 1e-5 true null [] {} [1,2] {a:1} 'x' x sft dpo adapter ipo 2.0 ~ *a &a !!x [{data:preferences}]".split()
+PATHS = [
+    "stages",
+    "stages.sft",
+    "stages.sft.kind",
+    "stages.sft.from",
+    "stages.aligned.loss",
+    "stages.aligned.loss.kind",
+    "stages.adapter.adapter",
+    "stages.adapter.adapter.rank",
+    "stages.adapter.adapter.target.0",
+    "data",
+    "data.preferences",
+    "data.preferences.mix.0",
+    "data.preferences.columns.a",
+    "data.instructions.decontaminate",
+    "name",
+    "model",
+    "evaluation",
+    "evaluation.prompts",
+    "log_to.0",
+    "seed",
+]
+VALUES = [
+    "3",
+    "-1",
+    "1e-5",
+    "true",
+    "null",
+    "[]",
+    "{}",
+    "[1,2]",
+    "{a:1}",
+    "'x'",
+    "x",
+    "sft",
+    "dpo",
+    "adapter",
+    "ipo",
+    "2.0",
+    "~",
+    "*a",
+    "&a",
+    "!!x",
+    "[{data:preferences}]",
+]
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
