@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from align.data.examples import Document, Example, Messages, Preference, Rated, prompt_of
 
 WORD = re.compile(r"\w+")
-SPACE = re.compile(r"\s+")
 EDGE_MARKS = " .,;:!?\"'"
 
 
@@ -28,7 +27,7 @@ def opening_key(example: Example) -> bytes:
     """
     text = example.text if isinstance(example, Document) else _user_texts(prompt_of(example))[0]
     plain = unicodedata.normalize("NFKC", text).casefold().replace("’", "'")
-    return _digest(SPACE.sub(" ", plain).strip(EDGE_MARKS) or text)
+    return _digest(" ".join(plain.split()).strip(EDGE_MARKS) or text)
 
 
 def words(text: str) -> list[str]:

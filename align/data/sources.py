@@ -80,9 +80,16 @@ def content_sha256(source: Source) -> str:
     files = [source.path] if source.path.is_file() else sorted(p for p in source.path.rglob("*") if p.is_file())
     for file in files:
         digest.update(f"{file.relative_to(source.path).as_posix()}{_kind_of(file)}\0".encode())
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        digest.update(_file_sha256(file, source.name))
     return digest.hexdigest()
+
+
+def _file_sha256(file: Path, name: str) -> bytes:
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").digest()
+    except OSError as error:
+        raise AlignError(f"{name}: cannot be read: {error.strerror or error}") from error
 
 
 # Finding -------------------------------------------------------------------------------------------------------------
