@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PhiConfig, PhiForCausalLM
 
 from align.errors import AlignError
 from align.models import load_policy, load_tokenizer, materialize, save_checkpoint, source_of
@@ -96,6 +96,23 @@ def test_a_vocabulary_larger_than_the_tokenizer_never_shrinks(tmp_path: Path, ti
 
 def test_added_tokens_train_in_float32_on_a_bfloat16_base(base: Path, tmp_path: Path) -> None:
     tokens_trained(load_policy, base, tmp_path / "saved", **WAYS["lora"], precision="bfloat16")
+
+
+def test_a_head_with_a_bias_takes_new_tokens_only_when_all_weights_train(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    config = PhiConfig(
+        hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=96, vocab_size=len(tiny_tokenizer),
+        tie_word_embeddings=False, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    PhiForCausalLM(config).save_pretrained(tmp_path / "phi")
+    tiny_tokenizer.save_pretrained(tmp_path / "phi")
+    tokenizer = load_tokenizer(source_of(tmp_path / "phi"))
+    tokenizer.add_tokens(["<|turn|>"])
+    with pytest.raises(AlignError, match="head with a bias"):
+        load_policy(source_of(tmp_path / "phi"), trainable=True, tokenizer=tokenizer, **WAYS["lora"])
+    model, ids = tokens_trained(load_policy, tmp_path / "phi", tmp_path / "saved")
+    torch.testing.assert_close(
+        logits_of(load_policy(source_of(tmp_path / "saved")), ids), logits_of(model, ids), atol=1e-5, rtol=0
+    )
 
 
 def test_tokens_added_after_an_adapter_began_are_refused(tiny_llama: Path, tmp_path: Path) -> None:

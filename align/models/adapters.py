@@ -190,8 +190,11 @@ def _trained_whole(model: Any, added: list[int]) -> dict[str, Any]:
     head = model.get_output_embeddings()
     if head is not None and head.weight is not model.get_input_embeddings().weight:
         embeddings.append(names[id(head)])
-    if getattr(head, "bias", None) is not None:  # peft's row-wise training of a head leaves its bias out
-        return {"modules_to_save": [*(whole["modules_to_save"] or []), *embeddings]}
+    if getattr(head, "bias", None) is not None:  # peft's training of single rows computes the head without its bias
+        raise AlignError(
+            f"the chat template adds {len(added)} tokens, and an adapter cannot train their rows in a head with a bias",
+            "Train all weights (without `adapter:`), or give a `template:` of tokens that the model has.",
+        )
     return {**whole, "trainable_token_indices": dict.fromkeys(embeddings, added)}
 
 

@@ -165,10 +165,10 @@ def _token_divergence(tuned: nn.Module, plain: nn.Module, rows: list[list[int]])
 
 
 def _log_probabilities(model: nn.Module, row: list[int]) -> Tensor:
-    """(T, V), float32."""
+    """(T, V), float64: the differences that are looked for drown in rounding below that."""
     ids = torch.tensor([row], device=next(model.parameters()).device)
     logits: Tensor = model(ids, use_cache=False).logits[0]
-    return logits.float().log_softmax(-1)
+    return logits.double().log_softmax(-1)
 
 
 def _rewards(model: nn.Module, rows: list[list[int]]) -> Tensor:
