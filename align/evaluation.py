@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from align.chat import Encoded, EncodedPair
+from align.encoded import Encoded, EncodedPair
 from align.intervals import (
     Estimate,
     Floats,

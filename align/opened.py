@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from align.chat import Encoded, Encoder, prepare_tokenizer, stop_token_ids
+from align.chat import Encoder, prepare_tokenizer, stop_token_ids
 from align.data.examples import Conversation, Document, Message, Messages
+from align.encoded import Encoded
 from align.errors import AlignError
 from align.models.loading import load_policy, load_reward, load_tokenizer, require_reward
 from align.models.source import Source

@@ -5,15 +5,15 @@ Rows go through in batches of like length; results come in the rows' order, on t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from align.batches import Batch, micro_batches, pad
-from align.chat import Encoded, EncodedPair
+from align.encoded import Encoded, EncodedPair
+from align.inference import device_of, evaluating
 from align.losses import token_logps
 from align.models.rewards import reward_scores
 from align.preference_losses import Pair
@@ -69,24 +69,6 @@ def pair_rewards(model: nn.Module, pairs: Sequence[EncodedPair], *, progress: Pr
 def reply_row(prompt: Sequence[int], reply: Sequence[int]) -> Encoded:
     """A generated reply as a row whose trained tokens are the reply's."""
     return Encoded([*prompt, *reply], [False] * len(prompt) + [True] * len(reply))
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout and gradients inside; every module's mode as it was after."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model's inputs have to be."""
-    return next(model.parameters()).device
 
 
 def _in_batches(

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from align import scoring
-from align.chat import Encoded, EncodedPair
+from align.encoded import Encoded, EncodedPair
 from align.evaluation import (
     as_metrics,
     calibration,
