@@ -13,6 +13,8 @@ from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from align.cli.merge import merge_command
+from align.data.examples import Document
+from align.data.prepared import DataReport, PreparedData, write_prepared
 from align.errors import AlignError, CheckFailed
 from align.models import (
     MergeVerdict,
@@ -25,6 +27,7 @@ from align.models import (
     source_of,
 )
 from align.models.merging import choose_base
+from align.registry import DataUse, Registry
 from tests.test_models_training import IDS, WAYS, logits, save, train
 
 ROWS = IDS.tolist()
@@ -199,3 +202,22 @@ def test_the_verdict_is_measured_on_the_text_that_is_given(adapter: Path, tmp_pa
         catch_exceptions=False,
     )  # fmt: skip
     assert json.loads(done.stdout)["text"] == str(data)
+
+
+def test_a_registered_adapter_is_measured_on_the_held_out_rows_it_was_trained_with(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    registry = Registry.open()
+    rows = [Document(f"The heron carried {n} crates of figs.") for n in range(4)]
+    aside = registry.new_folder("data")
+    write_prepared(PreparedData("text", rows, rows[:2], DataReport()), aside)
+    data = registry.add_data("toy/figs", "key", aside, {})
+    run = registry.begin_run(recipe="toy", stage="adapter", kind="sft", key="k", settings={}, inputs={}, seed=0)
+    with run:
+        trained(tiny_llama, run.artifact, "lora", steps=1)
+        use = DataUse("figs", data.id, 4)
+        run.finish_checkpoint(name="toy/adapter", kind="adapter", parents=[], data=[use], metrics={}, versions={})
+    done = CliRunner().invoke(
+        merge_command, ["toy/adapter", "--out", str(tmp_path / "out")], catch_exceptions=False, standalone_mode=False
+    )
+    assert "the held-out rows of toy/figs" in done.stdout
