@@ -18,8 +18,8 @@ LEFT, RIGHT, TOP, BOTTOM = 48.0, 20.0, 14.0, 40.0
 def whiskers(change: Change, width: float = 220.0) -> Markup:
     """Before (hollow) above after (filled) on a scale of their own, whose ends are labelled."""
     numbers = [value for value in (change.before, change.after) if value and math.isfinite(value.value)]
-    if not numbers:
-        return Markup("")
+    if len(numbers) + sum(value.interval is not None for value in numbers) < 2:
+        return Markup("")  # one dot on a scale of its own says nothing
     low, high = _range(numbers, change.meaning.share)
     across = svg.scale(low, high, 10, width - 10)
     parts = [svg.line(10, 30, width - 10, 30, "axis")]
