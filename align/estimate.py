@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from align.recipe import AdapterSettings, TrainingSettings
+from align.recipe import AdapterSettings, RewardSettings, TrainingSettings
 
 LIBRARIES_BYTES = 700 * 2**20  # resident size of a process that has imported torch, transformers and peft (measured)
 NF4_BYTES = 0.516  # a weight in nf4 with double quantization: 4 bits and its share of the scales (Dettmers 2023, 3.1)
@@ -134,4 +134,5 @@ def _activation_bytes(settings: TrainingSettings, shape: Shape, half: bool) -> f
         4 * shape.hidden + 2 * shape.attention + 2 * shape.key_value + 4 * shape.intermediate
     )
     kept = 4 * shape.hidden * shape.layers + block if settings.gradient_checkpointing else block * shape.layers
-    return kept + 3 * 4 * shape.vocabulary
+    logits = 0 if isinstance(settings, RewardSettings) else 3 * 4 * shape.vocabulary
+    return kept + logits

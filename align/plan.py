@@ -15,8 +15,10 @@ from align.errors import AlignError
 from align.estimate import Estimate, Shape, estimate
 from align.origins import Origin, Workshop
 from align.recipe import TrainingSettings
-from align.recipe_graph import needed
+from align.recipe_graph import adapter_stage, needed
 from align.registry import CheckpointRecord
+
+BFLOAT16_MIN_WIDTH = 256  # as models.hardware decides for precision: auto, without importing torch
 
 Action = Literal["run", "reuse", "resume"]
 
@@ -104,8 +106,13 @@ def _cost(workshop: Workshop, name: str) -> Estimate:
     settings = workshop.stage(name)
     if not isinstance(settings, TrainingSettings):
         return Estimate(None, None)
-    half = settings.precision == "bfloat16"
-    return estimate(settings, _shape(workshop), _data_bytes(workshop, settings.data), half=half)
+    source = adapter_stage(workshop.recipe, name)
+    if source is not None:
+        settings = settings.model_copy(update={"adapter": source.adapter, "quantize": source.quantize})
+    shape = _shape(workshop)
+    wide = shape is not None and shape.hidden >= BFLOAT16_MIN_WIDTH
+    half = settings.precision == "bfloat16" or (settings.precision == "auto" and wide)
+    return estimate(settings, shape, _data_bytes(workshop, settings.data), half=half)
 
 
 def _shape(workshop: Workshop) -> Shape | None:

@@ -109,7 +109,24 @@ def trains_adapter(recipe: Recipe, name: str) -> bool | None:
     stage = recipe.stages[name]
     if not isinstance(stage, TrainingSettings) or stage.from_ is None:
         return isinstance(stage, TrainingSettings) and stage.adapter is not None
-    return True if stage.adapter else gives_adapter(recipe, stage.from_)
+    if stage.adapter or adapter_stage(recipe, name):
+        return True
+    return False if isinstance(stage, RewardSettings) else gives_adapter(recipe, stage.from_)
+
+
+def adapter_stage(recipe: Recipe, name: str) -> TrainingSettings | None:
+    """The stage of the recipe whose adapter a stage trains: itself or one it starts from; None: it trains all weights.
+
+    A reward model that starts from a policy's adapter does not go on with it: the two are merged first.
+    """
+    first = recipe.stages[name]
+    for stage in _chain(recipe, name):
+        if isinstance(stage, MergeSettings):
+            return None
+        if isinstance(stage, TrainingSettings) and stage.adapter:
+            crosses = isinstance(first, RewardSettings) and not isinstance(stage, RewardSettings)
+            return None if crosses else stage
+    return None
 
 
 def _ordered(graph: Graph) -> list[str]:

@@ -101,8 +101,12 @@ def plan_command(recipe: Path | None, overrides: tuple[str, ...], as_json: bool)
 def check_command(recipe: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
     """Find every error that can be found without training, and report on the data."""
     from align.checks import check_recipe
+    from align.recipe_graph import recipe_warnings
 
-    found = check_recipe(open_workshop(recipe, overrides, create=False))
+    workshop = open_workshop(recipe, overrides, create=False)
+    found = check_recipe(workshop)
+    for warning in recipe_warnings(workshop.recipe):
+        click.secho(f"warning: {warning}", fg="yellow", err=True)
     if as_json:
         click.echo(json.dumps([data.as_dict() for data in found], indent=2))
         return
