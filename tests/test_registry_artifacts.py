@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from align.errors import AlignError, StageFailed
 from align.registry import CheckpointRecord, Registry
 from align.registry.artifacts import seal
+from align.registry.hashing import Manifest, folder_manifest
 from tests.registry_fill import add_checkpoint, add_data, begin, finish
 
 
@@ -87,6 +89,22 @@ def test_an_edit_that_keeps_size_and_time_is_seen_without_reading_everything(
     assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
     with pytest.raises(AlignError, match=r"model\.safetensors has changed"):
         registry.check_unchanged(record)
+
+
+def test_hashing_begins_a_clock_tick_after_the_last_change_of_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or an edit within the tick would leave the file with the time that was recorded."""
+    begun = []
+
+    def watched(folder: Path) -> Manifest:
+        begun.append(time.time_ns())
+        return folder_manifest(folder)
+
+    monkeypatch.setattr("align.registry.artifacts.folder_manifest", watched)
+    (tmp_path / "a").write_text("1")
+    seal(tmp_path)
+    assert begun[0] - (tmp_path / "a").stat().st_ctime_ns > 15e6
 
 
 def test_an_edit_right_after_registration_is_seen(registry: Registry) -> None:

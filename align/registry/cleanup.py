@@ -11,16 +11,17 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from align.registry import queries
 from align.registry.artifacts import NEW, discard, folder_size
-from align.registry.database import Database
-from align.registry.lineage import ids_in
 from align.registry.locks import is_held
 from align.registry.records import CheckpointRecord, DataRecord, RunRecord
-from align.registry.recovery import recover
+from align.registry.references import ids_in
 from align.registry.registration import FOLDERS, PENDING, clear_work, home_lock
+
+if TYPE_CHECKING:
+    from align.registry.database import Database
 
 DAY_SECONDS = 86400
 
@@ -51,7 +52,6 @@ def collect(database: Database, home: Path, *, dry_run: bool) -> list[Removal]:
     """Removes what nothing needs and returns it; with `dry_run`, only returns it."""
     if dry_run:
         return _removals(database, home)
-    recover(database, home)
     with home_lock(home):
         removals = _removals(database, home)
         delete_rows(database, [r.numbers for r in removals if r.what == "checkpoint"], "checkpoints")

@@ -4,10 +4,13 @@ of somebody's checkpoints."""
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from align.errors import AlignError
 from align.registry.artifacts import write_synced
-from align.registry.database import Database
+
+if TYPE_CHECKING:
+    from align.registry.database import Database
 
 FILE = "registry-id"
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from align.registry import queries
-from align.registry.database import Database
 from align.registry.records import CheckpointRecord, DataRecord, RunRecord
+from align.registry.references import ids_in
 
-ID = re.compile(r"[0-9a-f]{64}")
+if TYPE_CHECKING:
+    from align.registry.database import Database
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +72,6 @@ class Lineage:
             "edges": [edge.as_dict() for edge in self.edges],
             "children": [node.as_dict() for node in self.children],
         }
-
-
-def ids_in(json_text: str) -> set[str]:
-    """Every content hash that a JSON text mentions."""
-    return set(ID.findall(json_text))
 
 
 def children_of(database: Database, home: Path, checkpoint: str) -> list[CheckpointRecord]:

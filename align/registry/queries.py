@@ -6,12 +6,14 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from align.registry.database import Database, Row
 from align.registry.hashing import Manifest
 from align.registry.locks import is_held
 from align.registry.records import CheckpointRecord, DataRecord, DataUse, MetricRow, RunRecord, Status
+
+if TYPE_CHECKING:
+    from align.registry.database import Database, Row
 
 ALL = "1 = 1"
 EVERYTHING = 2**62  # as a LIMIT; `LIMIT ALL` is not SQLite's, -1 not PostgreSQL's

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from align.registry import queries
-from align.registry.database import Database
 from align.registry.hashing import Manifest, folder_manifest
 from align.registry.locks import FileLock
 from align.registry.records import RunRecord
 from align.registry.registration import PENDING, Output, clear_work, publish_all, target_path
+
+if TYPE_CHECKING:
+    from align.registry.database import Database
 
 
 def recover(database: Database, home: Path) -> list[str]:

@@ -18,6 +18,7 @@ WORD = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
 NAME = re.compile(rf"{WORD}(/{WORD})*")
 TAG = re.compile(WORD)
 REFERENCE = re.compile(rf"(?P<name>{WORD}(/{WORD})*)(@(?P<id>[0-9a-f]+))?")
+ID = re.compile(r"[0-9a-f]{64}")
 RUN_PREFIX = re.compile(r"[0-9a-f]{1,12}")
 ID_PREFIX = re.compile(r"[0-9a-f]{4,64}")
 
@@ -31,6 +32,11 @@ class Named(Protocol):
 
 
 Record = TypeVar("Record", bound=Named)
+
+
+def ids_in(json_text: str) -> set[str]:
+    """Every content hash that a JSON text mentions."""
+    return set(ID.findall(json_text))
 
 
 def check_name(name: str) -> str:

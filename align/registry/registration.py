@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from align.registry.artifacts import discard, disk_errors_explained, publish, seal, write_synced
-from align.registry.database import Database
 from align.registry.hashing import Manifest
 from align.registry.locks import FileLock
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
+
+    from align.registry.database import Database
 
 FOLDERS = {"checkpoints": "checkpoints", "datasets": "data"}
 PENDING = "finish.json"

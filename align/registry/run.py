@@ -10,20 +10,26 @@ works from one that was killed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from align.errors import AlignError, Interrupted, StageFailed
 from align.registry import queries
 from align.registry.artifacts import discard, disk_errors_explained
-from align.registry.database import Database
 from align.registry.locks import FileLock
 from align.registry.records import CheckpointRecord, DataRecord, DataUse, to_json
 from align.registry.references import check_name
 from align.registry.registration import PENDING, Output, clear_work, now, register
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
+    from align.registry.database import Database
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,19 +58,25 @@ class Run:
         self._lock = FileLock(self.work / "lock")
         self._log = self.work / "log.txt"
 
-    def start(self) -> None:
-        """Makes the folders and takes the lock. Raises AlignError when another process has this run in hand."""
-        with disk_errors_explained(self.work):
-            (self.work / "state").mkdir(parents=True, exist_ok=True)
-            if not self._lock.acquire():
-                raise AlignError(f"run {self.id} is running in another process", "Wait for it, or stop it first.")
-            discard(self.artifact)
-            self.artifact.mkdir()
-            (self.work / PENDING).unlink(missing_ok=True)
+    def begin(self, columns: Mapping[str, Any]) -> None:
+        """Takes the lock and writes the row of a new run."""
+        from sqlalchemy import func, insert, select
 
-    def abandon(self) -> None:
-        """Gives the lock back without a word to the registry."""
-        self._lock.release()
+        from align.registry.schema import runs
+
+        with self._locked() as connection:
+            number = connection.execute(select(func.coalesce(func.max(runs.c.number), 0) + 1)).scalar_one()
+            row = {"number": number, "id": self.id, "started": now(), **_running(), **columns}
+            connection.execute(insert(runs).values(row))
+
+    def resume(self) -> None:
+        """Takes the lock of a run that stopped. Raises AlignError when another process has it in hand."""
+        from sqlalchemy import update
+
+        from align.registry.schema import runs
+
+        with self._locked() as connection:
+            connection.execute(update(runs).where(runs.c.id == self.id).values(_running()))
 
     def log(self, text: str) -> None:
         """Appends one line to the run's log."""
@@ -139,6 +151,24 @@ class Run:
         finally:
             self._lock.release()
 
+    @contextmanager
+    def _locked(self) -> Iterator[Connection]:
+        """The transaction that makes the run known, with the lock held from before it; given back if it fails."""
+        with disk_errors_explained(self.work):
+            (self.work / "state").mkdir(parents=True, exist_ok=True)
+            if not self._lock.acquire():
+                raise AlignError(f"run {self.id} is running in another process", "Wait for it, or stop it first.")
+        try:
+            with disk_errors_explained(self.work):
+                discard(self.artifact)
+                self.artifact.mkdir()
+                (self.work / PENDING).unlink(missing_ok=True)
+            with self._database.write() as connection:
+                yield connection
+        except BaseException:
+            self._lock.release()
+            raise
+
     def _register(self, outputs: Sequence[Output]) -> list[int]:
         numbers = register(self._database, self._home, outputs, self.id)
         self._finished = True
@@ -156,3 +186,7 @@ class Run:
         with self._database.write() as connection:
             ended = {"status": status, "message": message, "ended": now()}
             connection.execute(update(runs).where(runs.c.id == self.id).values(ended))
+
+
+def _running() -> dict[str, Any]:
+    return {"status": "running", "message": "", "host": os.uname().nodename, "ended": None}

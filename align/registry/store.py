@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from align.errors import AlignError, did_you_mean
 from align.registry import cleanup, queries
@@ -14,16 +13,22 @@ from align.registry.artifacts import NEW, discard, disk_errors_explained, proble
 from align.registry.database import Database, PostgresDatabase, SqliteDatabase
 from align.registry.hashing import Manifest, folder_manifest
 from align.registry.identity import check_identity
-from align.registry.lineage import Lineage, children_of, ids_in, trace
+from align.registry.lineage import Lineage, children_of, trace
 from align.registry.migrations import LATEST, migrate, refuse_newer
 from align.registry.records import CheckpointRecord, DataRecord, MetricRow, RunRecord, to_json
 from align.registry.recovery import recover
-from align.registry.references import RUN_PREFIX, check_name, check_tag, chosen, is_id, only_one, parse_reference
-from align.registry.registration import Output, home_lock, now, register
+from align.registry.references import (
+    RUN_PREFIX,
+    check_name,
+    check_tag,
+    chosen,
+    ids_in,
+    is_id,
+    only_one,
+    parse_reference,
+)
+from align.registry.registration import Output, home_lock, register
 from align.registry.run import Run
-
-if TYPE_CHECKING:
-    from sqlalchemy import Connection
 
 
 class Registry:
@@ -102,34 +107,20 @@ class Registry:
         seed: int,
     ) -> Run:
         """A new run, with its lock held. key: hash of all that decides the result; inputs: ids of what goes in."""
-        from sqlalchemy import func, insert, select
-
-        from align.registry.schema import runs
-
         run = Run(self._database, self.home, os.urandom(6).hex())
-        with self._started(run) as connection:
-            number = connection.execute(select(func.coalesce(func.max(runs.c.number), 0) + 1)).scalar_one()
-            row = {
-                "number": number, "id": run.id, "recipe": check_name(recipe), "stage": check_name(stage), "kind": kind,
-                "key": key, "seed": seed, "settings": to_json(settings), "inputs": to_json(inputs), "status": "running",
-                "message": "", "host": os.uname().nodename, "started": now(), "ended": None,
-            }  # fmt: skip
-            connection.execute(insert(runs).values(row))
+        run.begin({
+            "recipe": check_name(recipe), "stage": check_name(stage), "kind": kind, "key": key, "seed": seed,
+            "settings": to_json(settings), "inputs": to_json(inputs),
+        })  # fmt: skip
         return run
 
     def resume_run(self, id_prefix: str) -> Run:
         """An unfinished run, taken up again. Raises AlignError when it is finished or runs in another process."""
-        from sqlalchemy import update
-
-        from align.registry.schema import runs
-
         record = self.run(id_prefix)
         if record.status == "finished":
             raise AlignError(f"run {record.id} is finished; there is nothing to resume")
         run = Run(self._database, self.home, record.id)
-        with self._started(run) as connection:
-            again = {"status": "running", "message": "", "ended": None, "host": os.uname().nodename}
-            connection.execute(update(runs).where(runs.c.id == record.id).values(again))
+        run.resume()
         return run
 
     def recover(self) -> list[str]:
@@ -264,6 +255,8 @@ class Registry:
 
     def gc(self, dry_run: bool = False) -> list[cleanup.Removal]:
         """Removes what nothing needs (see cleanup) and returns it with the reasons; `dry_run`: only says so."""
+        if not dry_run:
+            self.recover()
         return cleanup.collect(self._database, self.home, dry_run=dry_run)
 
     def _checkpoints(self, condition: str = queries.ALL, **values: Any) -> list[CheckpointRecord]:
@@ -274,17 +267,6 @@ class Registry:
 
     def _runs(self, condition: str = queries.ALL, **values: Any) -> list[RunRecord]:
         return queries.runs(self._database, self.home, condition, **values)
-
-    @contextmanager
-    def _started(self, run: Run) -> Iterator[Connection]:
-        """The transaction that makes a started run known; without it, the run is given up."""
-        run.start()
-        try:
-            with self._database.write() as connection:
-                yield connection
-        except BaseException:
-            run.abandon()
-            raise
 
     def _refuse_needed(self, record: CheckpointRecord, *, last: bool) -> None:
         if record.tags:
