@@ -83,8 +83,11 @@ class Renderer:
         Raises AlignError when there is no assistant turn, or the last one is not what the model is asked for.
         """
         last = max((i for i, message in enumerate(messages) if message.role == "assistant"), default=-1)
-        if last < 0:
-            raise AlignError("a conversation without an assistant turn has nothing to train", "Mend or drop the row.")
+        if last <= 0:
+            raise AlignError(
+                "a conversation needs an assistant turn with a turn before it, which asks for it",
+                "Mend or drop the row.",
+            )
         messages = messages[: last + 1]
         rendered = self._with_turns(self._text(messages, tools, ask=False), messages, tools)
         if not rendered.turns or rendered.turns[-1].message != last:
@@ -162,7 +165,7 @@ class Renderer:
         return found.group()
 
     def _not_asked_for(self, messages: Messages, tools: Tools) -> AlignError:
-        asked = self._text(messages[:-1], tools, ask=True)[-60:] if len(messages) > 1 else ""
+        asked = self._text(messages[:-1], tools, ask=True)[-60:]
         shown = self._text(messages, tools, ask=False)[-60:]
         return AlignError(
             "the chat template asks for the last assistant turn in one way and shows it in another, so what is trained "

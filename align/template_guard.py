@@ -7,16 +7,18 @@ not found here. Where the system has no resource limits (Windows), only the time
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
+import time
 from functools import lru_cache
 from pathlib import Path
 
 from align.errors import AlignError
 
 CPU_SECONDS = 2  # two short messages take milliseconds
-WALL_SECONDS = 60  # a loaded machine takes long to import the renderer; the work itself has CPU_SECONDS
+WALL_SECONDS = 120  # a loaded machine takes long to import the renderer; the work itself has CPU_SECONDS
 MEMORY_BYTES = 512 * 2**20  # beyond what the child holds when it begins to render
 OUTPUT_CHARACTERS = 1_000_000
 TEMPLATE_CHARACTERS = 1_000_000
@@ -33,15 +35,17 @@ def guard(template: str) -> None:
     """
     if len(template) > TEMPLATE_CHARACTERS:
         raise _refusal(f"{len(template):,} characters long")
-    command = [sys.executable, "-m", "align.template_guard"]
+    command = [sys.executable, "-P", "-m", "align.template_guard"]  # -P: no modules from the working folder
     try:
         child = subprocess.run(command, input=template.encode(), capture_output=True, timeout=WALL_SECONDS, check=False)
     except subprocess.TimeoutExpired:
         raise _refusal(f"not done after {WALL_SECONDS} seconds") from None
     if child.returncode == _TOO_LONG:
         raise _refusal(f"more than {OUTPUT_CHARACTERS:,} characters of output")
-    if child.returncode != _FINE:
+    if child.returncode == _TOO_MUCH or child.returncode < 0:  # < 0: killed by the system at a limit
         raise _refusal(f"more than {CPU_SECONDS} seconds or {MEMORY_BYTES // 2**20} MiB")
+    if child.returncode != _FINE:
+        raise RuntimeError(f"the guard against costly templates failed: {child.stderr.decode(errors='replace')}")
 
 
 def _refusal(what: str) -> AlignError:
@@ -56,8 +60,8 @@ def _limit_resources() -> None:
         import resource
     except ImportError:
         return
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_utime
-    resource.setrlimit(resource.RLIMIT_CPU, (int(used) + CPU_SECONDS, int(used) + CPU_SECONDS + 1))
+    used = math.ceil(time.process_time())
+    resource.setrlimit(resource.RLIMIT_CPU, (used + CPU_SECONDS, used + CPU_SECONDS + 1))
     held = _address_space()
     if held:
         resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY_BYTES, held + MEMORY_BYTES))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from align.chat import Encoded, EncodedPair, Encoder, check_template, prepare_tokenizer, stop_token_ids, template_sha256
 from align.data.examples import Conversation, Document, Message, Messages, Preference, Rated
 from align.errors import AlignError
+from align.rendering import own_template
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
@@ -94,23 +98,37 @@ def fast(model: Any, **special: str) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=model, **special)
 
 
+CORPUS = ["▁Who▁has▁the▁key?", "▁The▁master▁of▁the▁harbour.▁At▁the▁pier."] * 9
+
+
 @pytest.fixture(scope="session")
 def metaspace_tokenizer() -> Any:
-    """SentencePiece's manners: a space is put before every text, bytes stand in for unknown characters."""
-    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    bpe = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    """As Llama 2 and stories260K: a space is put before every text and behind every special token."""
+    bpe = sentencepiece_like()
     bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return fast(bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.fixture(scope="session")
+def metaspace_first_tokenizer() -> Any:
+    """As Mistral and newer Llama 2: a space is put before a text, and nowhere inside it."""
+    bpe = sentencepiece_like()
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    return fast(bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def sentencepiece_like() -> Tokenizer:
+    """BPE over words that begin with a metaspace; bytes stand in for characters that it does not know."""
+    bpe = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    bpe.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=420, special_tokens=["<unk>", "<s>", "</s>"]))
+    state = json.loads(bpe.to_str())
+    for byte in range(256):
+        state["model"]["vocab"][f"<0x{byte:02X}>"] = len(state["model"]["vocab"])
+    bpe = Tokenizer.from_str(json.dumps(state))
     bpe.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=special[:3])
-    bpe.train_from_iterator(["▁Who▁has▁the▁key?", "▁The▁master▁of▁the▁harbour.▁At▁the▁pier."] * 9, trainer)
-    import json
-
-    state = json.loads(bpe.to_str())
-    for byte in special[3:]:
-        state["model"]["vocab"].setdefault(byte, len(state["model"]["vocab"]))
-    return fast(Tokenizer.from_str(json.dumps(state)), bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return bpe
 
 
 @pytest.fixture(scope="session")
@@ -122,13 +140,18 @@ def word_tokenizer() -> Any:
     return fast(model, unk_token="[UNK]", pad_token="[PAD]", bos_token="[BOS]", eos_token="[EOS]")
 
 
-@pytest.fixture(params=["byte-level", "metaspace", "word-level", "stories260K"])
+FIXTURES = {
+    "byte-level": "tiny_tokenizer", "metaspace": "metaspace_tokenizer", "word-level": "word_tokenizer",
+    "metaspace-first": "metaspace_first_tokenizer",
+}  # fmt: skip
+
+
+@pytest.fixture(params=["byte-level", "metaspace", "metaspace-first", "word-level", "stories260K"])
 def any_tokenizer(request: pytest.FixtureRequest) -> Any:
     """Tokenizers of all kinds, without a template."""
     if request.param == "stories260K":
         return AutoTokenizer.from_pretrained(request.getfixturevalue("shared") / "models/stories260K")
-    names = {"byte-level": "tiny_tokenizer", "metaspace": "metaspace_tokenizer", "word-level": "word_tokenizer"}
-    return request.getfixturevalue(names[request.param])
+    return request.getfixturevalue(FIXTURES[request.param])
 
 
 def encoder(tokenizer: Any, max_length: int = 1000, **settings: Any) -> Encoder:
@@ -258,6 +281,13 @@ def test_rows_are_what_the_saved_tokenizer_makes_of_them(any_tokenizer: Any, tmp
     assert encoder(tokenizer).prompt(CHAT[:3]) == prompt
 
 
+def test_a_saved_template_keeps_its_hash_and_is_known_as_ours(tokenizer: Any, tmp_path: Path) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    reloaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert template_sha256(reloaded) == template_sha256(tokenizer)
+    assert reloaded.chat_template == own_template()  # so no child process is asked whether it is safe
+
+
 def test_no_token_spans_the_seam_between_prompt_and_reply(tiny_tokenizer: Any) -> None:
     """A template that ends the prompt in plain text, where the joint text has a merge across the seam."""
     template = (
@@ -379,8 +409,6 @@ def test_a_given_template_gets_its_marks_as_tokens_and_decides_the_stop_token(ti
 
 
 def test_the_hash_is_that_of_the_template_text(tiny_tokenizer: Any) -> None:
-    import hashlib
-
     tokenizer = prepared(tiny_tokenizer, CHATML)
     assert template_sha256(tokenizer) == hashlib.sha256(CHATML.encode()).hexdigest()
     tokenizer.chat_template = CHATML + " "
@@ -619,8 +647,6 @@ def test_control_tokens_in_a_document_are_text(tokenizer: Any) -> None:
 
 
 def test_a_thousand_rows_take_about_a_second(tokenizer: Any) -> None:
-    import time
-
     rows = [Conversation((Message("user", f"{i} {QUESTION.content}"), ANSWER)) for i in range(1000)]
     encode = encoder(tokenizer)
     start = time.process_time()
