@@ -16,19 +16,24 @@ from align.data.columns import (
     REPLY_COLUMNS,
     TURNS_COLUMNS,
     Fields,
+    check_order,
     expected_column,
+    filled_text,
     instruction_column,
+    is_transcript,
     number_column,
     one_of,
     prompt_column,
+    read_transcript,
+    read_turns,
     reply_column,
+    text_turn,
     tools_column,
     turns_column,
     with_system,
 )
 from align.data.examples import Conversation, Document, Example, Message, Messages, Preference, Prompt, Rated
 from align.data.problems import RowError, shown
-from align.data.turns import check_order, filled_text, is_transcript, read_transcript, read_turns, text_turn
 from align.errors import AlignError, did_you_mean
 
 LABELS = {True: True, False: False, "true": True, "false": False, "True": True, "False": False, "1": True, "0": False}

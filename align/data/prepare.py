@@ -19,6 +19,7 @@ from typing import Any
 from align.data.examples import Example
 from align.data.filters import Contamination, EqualPairs, ExactDuplicates, Filter, NearDuplicates
 from align.data.likeness import opening_key
+from align.data.mixture import by_weight, joined_report
 from align.data.personal import masked
 from align.data.prepared import DataReport, PreparedData, canonical_row, read_prepared, write_prepared
 from align.data.reading import Reading, source_of
@@ -113,7 +114,7 @@ def _first(examples: list[Example], most: int | None) -> tuple[list[Example], in
 def _mixture(name: str, data: Data, folder: Path, seed: int) -> PreparedData:
     settings = data[name]
     parts = {part.data: prepare(part.data, data, folder=folder, seed=seed) for part in settings.mix}
-    report = _joined_report(parts)
+    report = joined_report(parts)
     filters = _filters(name, data, folder)
     test = [example for part in parts.values() for example in part.test if _passes(example, filters)]
     rows = {}
@@ -122,7 +123,7 @@ def _mixture(name: str, data: Data, folder: Path, seed: int) -> PreparedData:
         report.test_overlap += len(part.train) - len(apart)
         rows[part_name] = [example for example in apart if _passes(example, filters)]
     _count_dropped(report, filters)
-    taken = _by_weight(name, rows, {part.data: part.weight for part in settings.mix}, seed)
+    taken = by_weight(name, rows, {part.data: part.weight for part in settings.mix}, seed)
     train = [example for part_rows in taken.values() for example in part_rows]
     random.Random(seed).shuffle(train)
     train, left = _first(train, settings.limit)
@@ -131,36 +132,7 @@ def _mixture(name: str, data: Data, folder: Path, seed: int) -> PreparedData:
     return _reported(name, train, test, report, held_out=True)
 
 
-def _by_weight(
-    name: str, rows: Mapping[str, list[Example]], weights: Mapping[str, float], seed: int
-) -> dict[str, list[Example]]:
-    """Random rows of each part in the proportion of the weights: as many as go without using one twice."""
-    empty = [part for part, part_rows in rows.items() if not part_rows]
-    if empty and len(empty) < len(rows):
-        raise AlignError(f"data '{name}': part '{empty[0]}' has no training rows", "Take it out of `mix:`.")
-    scale = min(len(rows[part]) / weight for part, weight in weights.items())
-    return {
-        part: random.Random(f"{seed} {part}").sample(part_rows, min(len(part_rows), int(scale * weights[part] + 1e-6)))
-        for part, part_rows in rows.items()
-    }
-
-
-def _joined_report(parts: Mapping[str, PreparedData]) -> DataReport:
-    """Sums over the parts, their warnings with their names."""
-    joined = DataReport(format="mix")
-    for name, part in parts.items():
-        for figure in COUNTED:
-            setattr(joined, figure, getattr(joined, figure) + getattr(part.report, figure))
-        joined.warnings += [f"{name}: {warning}" for warning in part.report.warnings]
-    return joined
-
-
 # Filters and report --------------------------------------------------------------------------------------------------
-
-COUNTED = (
-    "rows_read", "unusable", "masked", "equal_pairs", "duplicates", "near_duplicates", "contaminated", "test_overlap",
-    "unused",
-)  # fmt: skip
 
 
 def _filters(name: str, data: Data, folder: Path) -> dict[str, Filter]:

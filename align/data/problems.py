@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from align.errors import AlignError
-
 SHOWN = 20  # problems that an error lists in full
 
 
@@ -52,17 +50,13 @@ class Problems:
         if self.keep is None or len(self.kept) < self.keep:
             self.kept.append(problem)
 
-    def check(self, rows: int) -> None:
-        """Raises AlignError with the first problems and the number of the others, if there were any in `rows` rows."""
-        if not self.count:
-            return
+    def summary(self, rows: int) -> tuple[str, str]:
+        """Message and hint of the error about them: the first ones, how many more, and what to do. rows: all that were read."""
         lines = [str(problem) for problem in self.kept[:SHOWN]]
         if self.count > len(lines):
             lines.append(f"and {self.count - len(lines)} more bad rows")
         total = f"{self.count} bad of {rows} rows; nothing was written."
-        raise AlignError(
-            "\n".join(lines), f"{total} Mend or remove them; `format:` and `columns:` set how rows are read."
-        )
+        return "\n".join(lines), f"{total} Mend or remove them; `format:` and `columns:` set how rows are read."
 
 
 def shown(value: object, limit: int = 60) -> str:

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
+from typing import NoReturn
 
 from align.data.examples import Example
 from align.data.formats import FORMATS, detect, read_row, renamed
 from align.data.problems import Problem, Problems, Row, RowError
 from align.data.sources import Source, find_source, read_rows
+from align.errors import AlignError
 from align.recipe import DataSettings
 
 SAMPLE_ROWS = 50  # rows that a format is detected from
@@ -58,7 +60,7 @@ class Reading:
         if not count:
             return None
         if not self.tolerable():
-            self.problems.check(self.rows)
+            raise AlignError(*self.problems.summary(self.rows))
         return f"{count} of {self.rows} rows are unusable and were dropped, the first: {self.problems.kept[0]}"
 
     def _format(self, sample: list[Row | Problem]) -> str:
@@ -77,8 +79,8 @@ class Reading:
         self.problems = Problems(self.problems.keep)
         return detect(readable)
 
-    def _only_problems(self, sample: list[Row | Problem]) -> None:
+    def _only_problems(self, sample: list[Row | Problem]) -> NoReturn:
         for row in sample:
             if isinstance(row, Problem):
                 self.problems.add(row)
-        self.problems.check(len(sample))
+        raise AlignError(*self.problems.summary(len(sample)))
