@@ -213,6 +213,11 @@ def test_calibration_equals_the_worked_example():
     assert expected_calibration_error(margins).value == pytest.approx((0.05 + 0.15) / 2)
 
 
+def test_each_tenth_of_confidence_is_a_bin_of_its_own():
+    margins = [math.log(share / (1 - share)) for share in (0.55, 0.65, 0.75, 0.85, 0.95)]
+    assert [row["n"] for row in calibration(margins)] == [1] * 5
+
+
 @pytest.mark.parametrize("margins", [[0.0], [1e4, -1e4], [0.0, 0.0, 3.0]])
 def test_extreme_margins_fall_into_a_bin(margins):
     assert sum(row["n"] for row in calibration(margins)) == len(margins)
