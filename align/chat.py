@@ -136,36 +136,31 @@ class Encoder:
         prompt: number of tokens before the first trained one. every: train all tokens of what is kept.
         """
         count = self.lengths
-        excess = max(len(row.ids) for row in rows) - self.max_length
-        if excess > 0 and self._cut_prompt:
-            rows, excess = self._without_prompt(rows, prompt, excess)
-        if excess > 0:
-            if self._too_long == "error":
-                raise self._too_long_error(excess)
-            if self._too_long == "drop":
-                count.dropped += 1
-                return None
-            count.cut += 1
-            count.cut_without_stop += any(map(self._loses_stop, rows))
-            rows = [Encoded(row.ids[: self.max_length], row.trained[: self.max_length]) for row in rows]
-        if not all(row.labels for row in rows):
+        longest = max(len(row.ids) for row in rows)
+        shorter = self._without_prompt(rows, prompt, longest - self.max_length) if self._cut_prompt else rows
+        cut = any(len(row.ids) > self.max_length for row in shorter)
+        if cut and self._too_long == "error":
+            raise self._too_long_error(longest)
+        if cut and self._too_long == "drop":
+            count.dropped += 1
+            return None
+        kept = [Encoded(row.ids[: self.max_length], row.trained[: self.max_length]) for row in shorter]
+        if not all(row.labels for row in kept):
             count.without_answer += 1
             return None
-        if len(rows) == 2 and rows[0].ids == rows[1].ids:
+        if len(kept) == 2 and kept[0].ids == kept[1].ids:
             count.equal_pairs += 1
             return None
-        return self._kept([Encoded(row.ids, [True] * len(row.ids)) for row in rows] if every else rows)
+        count.cut += cut
+        count.cut_without_stop += any(map(self._loses_stop, shorter))
+        count.cut_prompts += len(shorter[0].ids) < len(rows[0].ids)
+        return self._kept([Encoded(row.ids, [True] * len(row.ids)) for row in kept] if every else kept)
 
-    def _without_prompt(self, rows: list[Encoded], prompt: int, excess: int) -> tuple[list[Encoded], int]:
-        """The rows with up to `excess` tokens less at the left of their prompt (BOS stays), and the excess that is left."""
+    def _without_prompt(self, rows: list[Encoded], prompt: int, excess: int) -> list[Encoded]:
+        """The rows with up to `excess` tokens less at the left of their prompt; BOS and the last token of it stay."""
         start = int(rows[0].ids[0] == self._tokenizer.bos_token_id)
-        cut = max(min(excess, prompt - start - 1), 0)
-        self.lengths.cut_prompts += cut > 0
-        shorter = [
-            Encoded(row.ids[:start] + row.ids[start + cut :], row.trained[:start] + row.trained[start + cut :])
-            for row in rows
-        ]
-        return shorter, excess - cut
+        end = start + max(min(excess, prompt - start - 1), 0)
+        return [Encoded(row.ids[:start] + row.ids[end:], row.trained[:start] + row.trained[end:]) for row in rows]
 
     def _loses_stop(self, row: Encoded) -> bool:
         """Whether a cut at `max_length` falls inside a trained turn."""
@@ -176,8 +171,8 @@ class Encoder:
         self.lengths.trained_tokens += sum(row.labels for row in rows)
         return rows
 
-    def _too_long_error(self, excess: int) -> AlignError:
+    def _too_long_error(self, longest: int) -> AlignError:
         return AlignError(
-            f"row {self.lengths.rows} has {self.max_length + excess} tokens, and max_length is {self.max_length}",
+            f"row {self.lengths.rows} has {longest} tokens, and max_length is {self.max_length}",
             "Raise max_length, shorten the row, or set `too_long: drop` or `cut`.",
         )

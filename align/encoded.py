@@ -31,12 +31,12 @@ class EncodedPair:
 
 @dataclass
 class LengthReport:
-    """What the length policy did. A pair counts as one row in `rows` and the drops, and as two in the lengths.
+    """What the length policy did. A pair is one row in all counts, and two in `lengths` and the numbers of tokens.
 
-    dropped: rows left out for their length; cut: rows whose end was cut; cut_without_stop: those of them that lost
-    their stop token; cut_prompts: rows whose prompt was cut from the left; without_answer: rows left out because the
-    cut left nothing to train; equal_pairs: pairs left out because both answers became the same; untrainable_turns:
-    assistant turns that the template shows otherwise than it asked for them, and that are not trained.
+    Left out: dropped, for their length; without_answer, because the cut left nothing to train; equal_pairs, because
+    both answers are (or became) the same. Of the rows that are kept: cut at their end; cut_without_stop, so that a turn
+    lost its stop token; cut_prompts from the left. untrainable_turns: assistant turns that the template shows otherwise
+    than it asked for them, and that are not trained.
     """
 
     rows: int = 0

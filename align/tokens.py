@@ -86,7 +86,7 @@ class PieceTokenizer:
     def _encode(self, texts: list[str], *, literal: bool = False) -> list[list[int]]:
         if not texts:
             return []
-        encoded = self._tokenizer(texts, add_special_tokens=False, split_special_tokens=literal)
+        encoded = self._tokenizer(texts, add_special_tokens=False, split_special_tokens=literal, verbose=False)
         return list(encoded["input_ids"])
 
 

@@ -532,7 +532,7 @@ def test_a_cut_between_turns_keeps_the_stop_tokens_before_it(tokenizer: Any) -> 
 def test_a_cut_that_leaves_no_answer_drops_the_row(tokenizer: Any) -> None:
     encode = encoder(tokenizer, 10, too_long="cut")
     assert encode.conversation(Conversation((Message("user", "figs " * 40), ANSWER))) is None
-    assert encode.lengths.without_answer == 1
+    assert (encode.lengths.without_answer, encode.lengths.cut) == (1, 0)
     assert encode.lengths.lengths == []
 
 
@@ -557,7 +557,31 @@ def test_a_prompt_is_cut_from_the_left_but_keeps_bos_and_the_answer(tokenizer: A
 def test_an_answer_that_is_too_long_alone_falls_under_the_policy_after_the_prompt_is_cut(tokenizer: Any) -> None:
     encode = encoder(tokenizer, 30, cut_prompt=True)
     assert encode.conversation(Conversation((QUESTION, Message("assistant", "figs " * 40)))) is None
-    assert encode.lengths.dropped == 1
+    assert (encode.lengths.dropped, encode.lengths.cut_prompts) == (1, 0)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)), min_size=1, max_size=5),
+    st.integers(2, 60), st.sampled_from(["drop", "cut"]), st.booleans(),
+)  # fmt: skip
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+def test_every_row_is_kept_within_the_limit_or_counted(
+    tokenizer: Any, sizes: list[tuple[int, int]], max_length: int, too_long: Any, cut_prompt: bool
+) -> None:
+    encode = encoder(tokenizer, max_length, too_long=too_long, cut_prompt=cut_prompt)
+    kept = 0
+    for question, answer in sizes:
+        both = encode.preference(pair("x" * answer, "y" * question, "z" * question))
+        if both is not None:
+            kept += 1
+            for row in (both.chosen, both.rejected):
+                assert len(row.ids) == len(row.trained) <= max_length
+                assert row.labels > 0
+                assert row.ids[0] == tokenizer.bos_token_id
+                assert row.trained.index(True) == both.prompt_length
+    report = encode.lengths
+    assert report.rows == len(sizes) == kept + report.dropped + report.without_answer + report.equal_pairs
+    assert max(report.cut, report.cut_prompts) <= kept
 
 
 def test_max_length_must_leave_room_for_one_label(tokenizer: Any) -> None:
