@@ -86,13 +86,25 @@ def preference_numbers(policy: Pair, reference: Pair | None = None, *, beta: flo
     return numbers
 
 
+def accuracy_change(before: Pair, after: Pair, *, seed: int = 0) -> Numbers:
+    """By how much the share of pairs ranked right moved; before, after: scores of the same pairs, (N,) each."""
+    if not len(before.chosen):
+        return {}
+    first, second = (_won(scores.chosen - scores.rejected, tie=TIE_NATS).tolist() for scores in (before, after))
+    return {"accuracy": paired_difference(first, second, seed=seed)}
+
+
 def reward_numbers(
     model: nn.Module, pairs: Sequence[EncodedPair], *, seed: int = 0, progress: Progress | None = None
 ) -> dict[str, Estimate | Rows]:
     """All about a reward model on held-out pairs: `ranking_numbers`, `length_buckets` and `calibration`."""
+    return scored_numbers(pair_rewards(model, pairs, progress=progress), pairs, seed=seed) if pairs else {}
+
+
+def scored_numbers(scores: Pair, pairs: Sequence[EncodedPair], *, seed: int = 0) -> dict[str, Estimate | Rows]:
+    """`reward_numbers` from rewards that are known, (N,) each; {} when there are none."""
     if not pairs:
         return {}
-    scores = pair_rewards(model, pairs, progress=progress)
     lengths = [[len(side.ids) - pair.prompt_length for side in (pair.chosen, pair.rejected)] for pair in pairs]
     margins = (scores.chosen - scores.rejected).tolist()
     columns = np.asarray(lengths, dtype=np.float64)
@@ -225,8 +237,14 @@ def as_metrics(numbers: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _wins(margins: Tensor | Floats, *, tie: float = 0.0) -> Estimate:
     """Share of positive margins; those of at most `tie` count half."""
+    won = _won(margins, tie=tie)
+    return wilson(float(won.sum()), len(won))
+
+
+def _won(margins: Tensor | Floats, *, tie: float = 0.0) -> Floats:
+    """1 for a margin above `tie`, a half for one within it, else 0."""
     gaps = np.asarray(margins, dtype=np.float64)
-    return wilson(float((gaps > tie).sum() + 0.5 * (np.abs(gaps) <= tie).sum()), len(gaps))
+    return np.where(np.abs(gaps) <= tie, 0.5, (gaps > tie).astype(np.float64))
 
 
 def _share(flags: Sequence[bool]) -> Estimate:

@@ -72,6 +72,7 @@ def planned_stage(
     key = workshop.key(name, origin)
     found = workshop.registry.checkpoint_by_key(key)
     if found is not None and not forced:
+        workshop.registry.check_unchanged(found)
         return PlannedStage(name, kind, "reuse", f"made on {found.created[:16]}, nothing changed", key, cost, found)
     if workshop.registry.resumable(key) is not None and not forced:
         return PlannedStage(name, kind, "resume", "was stopped; goes on from its last saved state", key, cost)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import signal
+import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -160,6 +161,7 @@ class _StepTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
         self.task, self.stream, self.progress = task, stream, progress
         self._sums: Counter[str] = Counter()
         self._weight = 0.0
+        self._tokens, self._since = 0, time.perf_counter()
         self._current: list[int] = []
         arguments = _arguments(task, len(stream))
         super().__init__(model=task.model, args=arguments, train_dataset=_Rows(task.rows), data_collator=list)
@@ -186,6 +188,7 @@ class _StepTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
             total += loss.detach()
             self._sums.update(sums)
         self._weight += weight
+        self._tokens += sum(lengths)
         mean = total / weight
         self._refuse_unless_finite("loss", float(mean))
         self.bar.advance(1, tokens=sum(lengths), note=f"loss {float(mean):.3f}")
@@ -206,8 +209,10 @@ class _StepTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             means = {name: total / self._weight for name, total in self._sums.items()} if self._weight else {}
-            logs = {**logs, **means}
+            now = time.perf_counter()
+            logs = {**logs, **means, "tokens_per_second": self._tokens / (now - self._since)}
             self._sums, self._weight = Counter(), 0.0
+            self._tokens, self._since = 0, now
             self.progress.metrics(self.state.global_step, {f"train.{name}": float(v) for name, v in logs.items()})
         super().log(logs, start_time)
 

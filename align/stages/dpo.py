@@ -16,10 +16,10 @@ from torch import nn
 from align.chat import Encoded, EncodedPair
 from align.data.examples import Preference, Rated
 from align.errors import AlignError
-from align.evaluation import as_metrics, kl_numbers, preference_numbers
+from align.evaluation import accuracy_change, as_metrics, kl_numbers, preference_numbers
 from align.models.loading import load_policy
 from align.models.saving import save_checkpoint
-from align.preference_losses import Pair
+from align.preference_losses import Pair, log_ratios
 from align.progress import Progress
 from align.recipe import DpoSettings, KtoLoss, SigmoidLoss
 from align.scoring import AnswerLogps, answer_logps, pair_logps, reply_row
@@ -39,14 +39,13 @@ def run(settings: DpoSettings, inputs: Inputs, folder: Path, progress: Progress)
     rows = stage.rows(model, inputs.data.train, "training")
     lengths = stage.desk.encoder.lengths.as_dict()
     held_out = stage.rows(model, inputs.data.test, "held-out")
-    before, ranked_before = bench.answers(model), stage.ranking(model, held_out)
+    before, start = bench.answers(model), stage.policy_logps(model, held_out)
     measured = held_out[: inputs.evaluation.rows]
     task = Task(model, stage.objective(), rows, measured, settings, inputs.seed, inputs.work, inputs.log_to)
     train(task, progress)
-    after, ranked_after = bench.answers(model), stage.ranking(model, held_out)
+    after, end = bench.answers(model), stage.policy_logps(model, held_out)
     metrics = {
-        **as_metrics(ranked_before, "before."),
-        **as_metrics(ranked_after, "after."),
+        **stage.ranking(start, end, held_out),
         **as_metrics(stage.drift(model, bench), "after."),
         **judged(before, after),
     }
@@ -103,15 +102,27 @@ class _Dpo:
         logps = as_floats(self._reference(model, sides).sums)
         return [ComparedPair(pair, *logps[2 * i : 2 * i + 2]) for i, pair in enumerate(pairs)]
 
-    def ranking(self, model: nn.Module, rows: Sequence[Any]) -> dict[str, Any]:
-        """Accuracy and margin of the implicit reward on held-out pairs; {} for rated replies."""
+    def policy_logps(self, model: nn.Module, rows: Sequence[Any]) -> Pair | None:
+        """Log-probabilities of the replies of held-out pairs; None for rated replies, which are not ranked."""
         if isinstance(self.settings.loss, KtoLoss) or not rows:
+            return None
+        return pair_logps(model, [row.pair for row in rows], progress=self.progress).logps
+
+    def ranking(self, before: Pair | None, after: Pair | None, rows: Sequence[ComparedPair]) -> dict[str, Any]:
+        """Accuracy and margin of the implicit reward on held-out pairs, before and after, and the paired change."""
+        if before is None or after is None:
             return {}
-        policy = pair_logps(model, [row.pair for row in rows], progress=self.progress).logps
+        beta, seed = self.settings.beta, self.inputs.seed
         reference = Pair(
-            policy.chosen.new_tensor([r.chosen for r in rows]), policy.chosen.new_tensor([r.rejected for r in rows])
+            before.chosen.new_tensor([row.chosen for row in rows]),
+            before.chosen.new_tensor([row.rejected for row in rows]),
         )
-        return preference_numbers(policy, reference, beta=self.settings.beta, seed=self.inputs.seed)
+        change = accuracy_change(log_ratios(before, reference), log_ratios(after, reference), seed=seed)
+        return {
+            **as_metrics(preference_numbers(before, reference, beta=beta, seed=seed), "before."),
+            **as_metrics(preference_numbers(after, reference, beta=beta, seed=seed), "after."),
+            **as_metrics(change, "change."),
+        }
 
     def drift(self, model: nn.Module, bench: Bench) -> dict[str, Any]:
         """KL from the reference, on replies that the policy samples to the held-out questions."""

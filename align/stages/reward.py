@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from align.errors import AlignError
-from align.evaluation import as_metrics, reward_numbers
+from align.evaluation import accuracy_change, as_metrics, scored_numbers
 from align.models.loading import load_reward
 from align.models.merging import materialize
 from align.models.saving import save_checkpoint
 from align.progress import Progress
 from align.recipe import RewardSettings
+from align.scoring import pair_rewards
 from align.stages.encoding import Desk
 from align.stages.objectives import RewardLoss
 from align.stages.stage import Inputs, Outcome
@@ -43,15 +44,19 @@ def run(settings: RewardSettings, inputs: Inputs, folder: Path, progress: Progre
         seed=inputs.seed,
         gradient_checkpointing=settings.gradient_checkpointing,
     )
-    before = reward_numbers(model, held_out, seed=inputs.seed, progress=progress)
+    before = pair_rewards(model, held_out, progress=progress)
     objective = RewardLoss(desk.pad_id, centering=settings.centering)
     measured = held_out[: inputs.evaluation.rows]
     train(Task(model, objective, pairs, measured, settings, inputs.seed, inputs.work, inputs.log_to), progress)
-    after = reward_numbers(model, held_out, seed=inputs.seed, progress=progress)
+    after = pair_rewards(model, held_out, progress=progress)
     save_checkpoint(model, desk.tokenizer, folder)
     return Outcome(
         kind="adapter-reward" if settings.adapter or parent.kind == "adapter-reward" else "reward",
         template_sha256=desk.template_sha256,
-        metrics={**as_metrics(before, "before."), **as_metrics(after, "after.")},
+        metrics={
+            **as_metrics(scored_numbers(before, held_out, seed=inputs.seed), "before."),
+            **as_metrics(scored_numbers(after, held_out, seed=inputs.seed), "after."),
+            **as_metrics(accuracy_change(before, after, seed=inputs.seed), "change."),
+        },
         lengths=lengths,
     )

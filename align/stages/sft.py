@@ -5,14 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from align.chat import Encoded
-from align.evaluation import as_metrics, policy_numbers
+from align.evaluation import as_metrics, likelihood_change, likelihood_numbers
 from align.models.loading import load_policy
 from align.models.saving import save_checkpoint
 from align.progress import Progress
 from align.recipe import PretrainSettings, SftSettings
+from align.scoring import AnswerLogps, answer_logps
 from align.stages.bench import Bench, judged, samples
 from align.stages.encoding import Desk
 from align.stages.objectives import AnswerLoss
@@ -38,19 +36,24 @@ def run(settings: SftSettings | PretrainSettings, inputs: Inputs, folder: Path, 
         seed=inputs.seed,
         gradient_checkpointing=settings.gradient_checkpointing,
     )
-    before, loss_before = bench.answers(model), _likelihood(model, held_out, inputs, progress)
+    before, known = bench.answers(model), answer_logps(model, held_out, progress=progress)
     task = Task(model, AnswerLoss(desk.pad_id), rows, held_out, settings, inputs.seed, inputs.work, inputs.log_to)
     train(task, progress)
-    after, loss_after = bench.answers(model), _likelihood(model, held_out, inputs, progress)
+    after, learnt = bench.answers(model), answer_logps(model, held_out, progress=progress)
     save_checkpoint(model, desk.tokenizer, folder)
     return Outcome(
         kind="adapter" if settings.adapter or inputs.parent.is_adapter else "model",
         template_sha256=desk.template_sha256,
-        metrics={**as_metrics(loss_before, "before."), **as_metrics(loss_after, "after."), **judged(before, after)},
+        metrics={**_likelihood(known, learnt, inputs.seed), **judged(before, after)},
         samples=samples(before, after, inputs.evaluation.samples),
         lengths=lengths,
     )
 
 
-def _likelihood(model: nn.Module, rows: list[Encoded], inputs: Inputs, progress: Progress) -> dict[str, Any]:
-    return policy_numbers(model, rows, seed=inputs.seed, progress=progress)
+def _likelihood(before: AnswerLogps, after: AnswerLogps, seed: int) -> dict[str, Any]:
+    """Held-out loss and perplexity before and after, and the paired change."""
+    return {
+        **as_metrics(likelihood_numbers(before, seed=seed), "before."),
+        **as_metrics(likelihood_numbers(after, seed=seed), "after."),
+        **as_metrics(likelihood_change(before, after, seed=seed), "change."),
+    }
