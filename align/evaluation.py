@@ -86,11 +86,14 @@ def preference_numbers(policy: Pair, reference: Pair | None = None, *, beta: flo
     return numbers
 
 
-def accuracy_change(before: Pair, after: Pair, *, seed: int = 0) -> Numbers:
-    """By how much the share of pairs ranked right moved; before, after: scores of the same pairs, (N,) each."""
+def accuracy_change(before: Pair, after: Pair, *, tie: float = 0.0, seed: int = 0) -> Numbers:
+    """By how much the share of pairs ranked right moved; before, after: scores of the same pairs, (N,) each.
+
+    tie: differences up to this count half.
+    """
     if not len(before.chosen):
         return {}
-    first, second = (_won(scores.chosen - scores.rejected, tie=TIE_NATS).tolist() for scores in (before, after))
+    first, second = (_won(scores.chosen - scores.rejected, tie=tie).tolist() for scores in (before, after))
     return {"accuracy": paired_difference(first, second, seed=seed)}
 
 

@@ -63,6 +63,10 @@ class DataSettings(Settings):
     test_fraction: Annotated[float, Field(ge=0, le=1)] = Field(
         0.1, description="Share of the rows held out; rows with the same prompt always fall on the same side."
     )
+    bad_rows: Literal["error", "drop"] = Field(
+        "error",
+        description="What happens to rows that cannot be used: refused with their places, or dropped and counted.",
+    )
     deduplicate: bool = Field(True, description="Drop rows that equal an earlier one.")
     near_duplicates: Fraction | None = Field(
         None,

@@ -395,3 +395,15 @@ def test_the_same_rows_come_out_of_every_kind_of_file(tmp_path: Path) -> None:
 
 def test_the_command_line_knows_the_formats_of_the_recipe() -> None:
     assert get_args(Format) == FORMAT_NAMES
+
+
+def test_bad_rows_are_dropped_and_counted_where_the_recipe_says_so(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Question {n}?", "completion": "" if n == 3 else f"Answer {n}."} for n in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"x": DataSettings(path="rows.jsonl", bad_rows="drop")}
+    prepared = prepare("x", settings, folder=tmp_path, seed=0)
+    assert prepared.report.unusable == 1
+    assert len(prepared.train) + len(prepared.test) == 11
+    assert "rows.jsonl:4" in prepared.report.warnings[0]
+    with pytest.raises(AlignError, match=r"rows\.jsonl:4.*"):
+        prepare("x", {"x": DataSettings(path="rows.jsonl")}, folder=tmp_path, seed=0)

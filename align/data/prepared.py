@@ -25,7 +25,7 @@ class DataReport:
     format: str = ""
     kind: str = ""
     rows_read: int = 0
-    unusable: int = 0  # broken rows of a format that is known to hold some
+    unusable: int = 0  # bad rows that were dropped, as `bad_rows` or the format allows
     masked: int = 0  # personal data replaced, places
     equal_pairs: int = 0
     duplicates: int = 0

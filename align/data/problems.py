@@ -56,7 +56,9 @@ class Problems:
         if self.count > len(lines):
             lines.append(f"and {self.count - len(lines)} more bad rows")
         total = f"{self.count} bad of {rows} rows; nothing was written."
-        return "\n".join(lines), f"{total} Mend or remove them; `format:` and `columns:` set how rows are read."
+        return "\n".join(
+            lines
+        ), f"{total} Mend or remove them, or set `bad_rows: drop`; `format:` and `columns:` set how rows are read."
 
 
 def shown(value: object, limit: int = 60) -> str:

@@ -51,7 +51,9 @@ class Reading:
                 self.problems.add(Problem(row.place, str(error)))
 
     def tolerable(self) -> bool:
-        """Whether there are no bad rows, or no more than the format is known to hold."""
+        """Whether there are no bad rows, no more than the format is known to hold, or the recipe drops them."""
+        if self.settings.bad_rows == "drop":
+            return self.problems.count < self.rows
         return self.problems.count <= FORMATS[self.format].bad_share * self.rows
 
     def finish(self) -> str | None:

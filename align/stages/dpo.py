@@ -16,7 +16,7 @@ from torch import nn
 from align.chat import Encoded, EncodedPair
 from align.data.examples import Preference, Rated
 from align.errors import AlignError
-from align.evaluation import accuracy_change, as_metrics, kl_numbers, preference_numbers
+from align.evaluation import TIE_NATS, accuracy_change, as_metrics, kl_numbers, preference_numbers
 from align.models.loading import load_policy
 from align.models.saving import save_checkpoint
 from align.preference_losses import Pair, log_ratios
@@ -39,13 +39,13 @@ def run(settings: DpoSettings, inputs: Inputs, folder: Path, progress: Progress)
     rows = stage.rows(model, inputs.data.train, "training")
     lengths = stage.desk.encoder.lengths.as_dict()
     held_out = stage.rows(model, inputs.data.test, "held-out")
-    before, start = bench.answers(model), stage.policy_logps(model, held_out)
+    before = bench.answers(model)
     measured = held_out[: inputs.evaluation.rows]
     task = Task(model, stage.objective(), rows, measured, settings, inputs.seed, inputs.work, inputs.log_to)
     train(task, progress)
-    after, end = bench.answers(model), stage.policy_logps(model, held_out)
+    after = bench.answers(model)
     metrics = {
-        **stage.ranking(start, end, held_out),
+        **stage.ranking(model, held_out),
         **as_metrics(stage.drift(model, bench), "after."),
         **judged(before, after),
     }
@@ -102,26 +102,21 @@ class _Dpo:
         logps = as_floats(self._reference(model, sides).sums)
         return [ComparedPair(pair, *logps[2 * i : 2 * i + 2]) for i, pair in enumerate(pairs)]
 
-    def policy_logps(self, model: nn.Module, rows: Sequence[Any]) -> Pair | None:
-        """Log-probabilities of the replies of held-out pairs; None for rated replies, which are not ranked."""
+    def ranking(self, model: nn.Module, rows: Sequence[Any]) -> dict[str, Any]:
+        """Accuracy and margin of the implicit reward on held-out pairs, before (the reference) and after; {} for KTO."""
         if isinstance(self.settings.loss, KtoLoss) or not rows:
-            return None
-        return pair_logps(model, [row.pair for row in rows], progress=self.progress).logps
-
-    def ranking(self, before: Pair | None, after: Pair | None, rows: Sequence[ComparedPair]) -> dict[str, Any]:
-        """Accuracy and margin of the implicit reward on held-out pairs, before and after, and the paired change."""
-        if before is None or after is None:
             return {}
         beta, seed = self.settings.beta, self.inputs.seed
+        policy = pair_logps(model, [row.pair for row in rows], progress=self.progress).logps
         reference = Pair(
-            before.chosen.new_tensor([row.chosen for row in rows]),
-            before.chosen.new_tensor([row.rejected for row in rows]),
+            policy.chosen.new_tensor([row.chosen for row in rows]),
+            policy.chosen.new_tensor([row.rejected for row in rows]),
         )
-        change = accuracy_change(log_ratios(before, reference), log_ratios(after, reference), seed=seed)
+        start, end = log_ratios(reference, reference), log_ratios(policy, reference)
         return {
-            **as_metrics(preference_numbers(before, reference, beta=beta, seed=seed), "before."),
-            **as_metrics(preference_numbers(after, reference, beta=beta, seed=seed), "after."),
-            **as_metrics(change, "change."),
+            **as_metrics(preference_numbers(reference, reference, beta=beta, seed=seed), "before."),
+            **as_metrics(preference_numbers(policy, reference, beta=beta, seed=seed), "after."),
+            **as_metrics(accuracy_change(start, end, tie=TIE_NATS, seed=seed), "change."),
         }
 
     def drift(self, model: nn.Module, bench: Bench) -> dict[str, Any]:
