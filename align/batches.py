@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from align.encoded import Encoded
+from align.chat.encoded import Encoded
 
 
 @dataclass(frozen=True, slots=True)

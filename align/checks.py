@@ -10,8 +10,8 @@ from align.data.prepare import prepare
 from align.data.prepared import PreparedData
 from align.errors import AlignError
 from align.origins import Workshop
-from align.recipe import DpoSettings, KtoLoss, TrainingSettings
-from align.recipe_graph import topological_order
+from align.recipe.graph import topological_order
+from align.recipe.settings import DpoSettings, KtoLoss, TrainingSettings
 
 ROWS = {
     "pretrain": ("text",),

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from align.recipe import AdapterSettings, RewardSettings, TrainingSettings
+from align.recipe.settings import AdapterSettings, RewardSettings, TrainingSettings
 
 LIBRARIES_BYTES = 700 * 2**20  # resident size of a process that has imported torch, transformers and peft (measured)
 NF4_BYTES = 0.516  # a weight in nf4 with double quantization: 4 bits and its share of the scales (Dettmers 2023, 3.1)

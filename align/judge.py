@@ -34,9 +34,9 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from align.errors import AlignError, did_you_mean
-from align.recipe import Count, Name, Settings
-from align.recipe_problems import Problem, node_at, refusal
-from align.yaml_text import Node, parse_yaml, shown
+from align.recipe.problems import Problem, node_at, refusal
+from align.recipe.settings import Count, Name, Settings
+from align.recipe.yaml_text import Node, parse_yaml, shown
 
 Compare = Literal["contains", "exact", "numeric"]
 Answer = str | int | float

@@ -14,16 +14,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from align.data.prepare import prepare, source_key
 from align.data.prepared import PreparedData, read_prepared, write_prepared
 from align.errors import AlignError, did_you_mean
 from align.judge import Judge
 from align.models.source import Source, located, source_of
-from align.recipe import PretrainSettings, Recipe, Stage, TrainingSettings
-from align.registry import CheckpointRecord, DataRecord, Registry
+from align.recipe.settings import PretrainSettings, Recipe, Stage, TrainingSettings
 from align.registry.hashing import folder_manifest, sha256_file, sha256_json
+from align.registry.records import CheckpointRecord, DataRecord
+
+if TYPE_CHECKING:
+    from align.registry.store import Registry
 
 NUMERICS = 1  # raised whenever the same inputs would give other weights
 VERSIONS = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers")

@@ -14,9 +14,9 @@ from typing import Any, Literal
 from align.errors import AlignError
 from align.estimate import Estimate, Shape, estimate
 from align.origins import Origin, Workshop
-from align.recipe import TrainingSettings
-from align.recipe_graph import adapter_stage, needed
-from align.registry import CheckpointRecord
+from align.recipe.graph import adapter_stage, needed
+from align.recipe.settings import TrainingSettings
+from align.registry.records import CheckpointRecord
 
 BFLOAT16_MIN_WIDTH = 256  # as models.hardware decides for precision: auto, without importing torch
 

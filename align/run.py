@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from align.checks import check_rows
 from align.data.examples import Document, Question
@@ -17,12 +17,15 @@ from align.judge import Judge
 from align.origins import Origin, Workshop, library_versions
 from align.plan import PlannedStage, planned_stage
 from align.progress import Progress
-from align.recipe import TrainingSettings
-from align.recipe_file import resolved
-from align.recipe_graph import needed
-from align.registry import CheckpointRecord, DataUse, Run
+from align.recipe.file import resolved
+from align.recipe.graph import needed
+from align.recipe.settings import TrainingSettings
+from align.registry.records import CheckpointRecord, DataUse
 from align.stages import dpo, merge, reward, sft
 from align.stages.stage import Inputs, Outcome
+
+if TYPE_CHECKING:
+    from align.registry.run import Run
 
 STAGES: dict[str, Callable[[Any, Inputs, Path, Progress], Outcome]] = {
     "pretrain": sft.run,

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import signal
 import time
-from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,34 +24,12 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from align.batches import epoch_order, micro_batches
 from align.errors import Interrupted, StageFailed
-from align.models.hardware import compute_dtype
-from align.models.loading import width_of
+from align.models.hardware import compute_dtype, width_of
+from align.objective import Objective
 from align.progress import Bar, Progress
-from align.recipe import TrainingSettings
+from align.recipe.settings import TrainingSettings
 from align.state import complete_states, mark_complete, step_of
 from align.stopping import stop_requested, stops_at_boundary
-
-
-class Objective(ABC):
-    """What a stage asks of a model. Sums, not means: the loop divides by the weight of the whole optimiser step.
-
-    Metrics are divided by the weight too, so a metric is summed in the same unit (tokens, or pairs).
-    """
-
-    @abstractmethod
-    def weight(self, rows: Sequence[Any]) -> float:
-        """What the summed loss of these rows is divided by: trained tokens, or pairs."""
-
-    @abstractmethod
-    def tokens(self, row: Any) -> int:
-        """How many tokens of this row go through the model."""
-
-    @abstractmethod
-    def __call__(self, model: nn.Module, rows: Sequence[Any]) -> tuple[Tensor, dict[str, float]]:
-        """Summed loss (scalar, with a graph) and summed metrics of these rows."""
-
-    def before_step(self, model: nn.Module, rows: Sequence[Any]) -> None:  # noqa: B027 (most objectives need nothing)
-        """Called once with all rows of an optimiser step, for what the whole step has to know; nothing by default."""
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def align_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory):
+def tiny_tokenizer():
     """Byte-level BPE with about 300 tokens, <pad> <s> </s>, and no chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

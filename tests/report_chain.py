@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import AlignError
-from align.recipe import DpoSettings, SftSettings
+from align.recipe.settings import DpoSettings, SftSettings
 from align.registry import CheckpointRecord, DataUse, Registry
 
 HOSTILE = [

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from align.batches import epoch_order, micro_batches, pad
-from align.chat import Encoded
+from align.chat.encoded import Encoded
 
 LENGTHS = st.lists(st.integers(1, 60), max_size=40)
 

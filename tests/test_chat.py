@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from align.chat import Encoded, EncodedPair, Encoder, check_template, prepare_tokenizer, stop_token_ids, template_sha256
+from align.chat.encoded import Encoded, EncodedPair
+from align.chat.encoder import Encoder
+from align.chat.rendering import own_template
+from align.chat.templates import check_template, prepare_tokenizer, stop_token_ids, template_sha256
 from align.data.examples import Conversation, Document, Message, Messages, Preference, Rated
 from align.errors import AlignError
-from align.rendering import own_template
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
@@ -71,7 +73,7 @@ WORDS = "Who has the key ? The master of harbour . And figs At pier"
 def trusted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Templates of these tests are rendered without the child process that guards against foreign ones."""
     if "guarded" not in request.fixturenames:
-        monkeypatch.setattr("align.rendering.guard", lambda _: None)
+        monkeypatch.setattr("align.chat.rendering.guard", lambda _: None)
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from align.checkpoint_ref import resolve
 from align.cli.use import chat_command, eval_command, generate_command, score_command
 from align.errors import AlignError
 from align.registry.references import printable
 from align.registry.store import Registry
+from align.use.references import resolve
 
 PAIRS = [
     {"prompt": "Who has the key?", "chosen": "The master of the harbour has it.", "rejected": "no"},
@@ -46,7 +46,7 @@ def harbour(tiny_llama) -> str:
     """A registered checkpoint with its chat template."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from align.chat import prepare_tokenizer, template_sha256
+    from align.chat.templates import prepare_tokenizer, template_sha256
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     prepare_tokenizer(tokenizer, None)
@@ -114,8 +114,8 @@ def test_the_seed_decides_the_sample(tiny_llama):
 
 
 def test_control_characters_of_an_answer_do_not_reach_the_terminal(tiny_llama, monkeypatch):
-    from align.opened import Policy
-    from align.rollout import Reply
+    from align.rollout.generation import Reply
+    from align.use.opened import Policy
 
     monkeypatch.setattr(Policy, "answer", lambda _, asked, *__: [Reply([5], WRITTEN, True, [0.0])] * len(asked))
     printed = invoke(generate_command, tiny_llama, "--prompt", "a\x1b[2J", "--prompt", "b").stdout
@@ -274,7 +274,7 @@ def test_a_judge_marks_the_answers(tiny_llama, tmp_path):
     ],
 )
 def test_eval_refuses_before_a_model_is_loaded(tiny_llama, tmp_path, monkeypatch, rows, arguments, message):
-    monkeypatch.setattr("align.opened.load_policy", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("align.use.opened.load_policy", lambda *_, **__: pytest.fail("a model was loaded"))
     data = rows_file(tmp_path, rows[:1])
     if "give" in message or "belong" in message:
         result = invoke(eval_command, tiny_llama, "--data", data, *arguments)
@@ -294,7 +294,7 @@ def test_a_missing_harness_says_how_to_install_it(tiny_llama, monkeypatch):
 
 def test_held_out_rows_of_a_registered_data_set_are_measured(tiny_llama, tmp_path):
     from align.data.prepare import prepare, write_prepared
-    from align.recipe import DataSettings
+    from align.recipe.settings import DataSettings
 
     file = rows_file(tmp_path, [{"prompt": f"hello {n}", "completion": f"yes {n}"} for n in range(20)])
     prepared = prepare("asked", {"asked": DataSettings(path=file, test_fraction=0.3)}, folder=tmp_path, seed=0)
@@ -346,7 +346,7 @@ def test_a_checkpoint_changed_behind_the_registry_is_refused(harbour):
 
 
 def test_another_chat_template_than_the_recorded_one_is_refused(harbour, monkeypatch):
-    monkeypatch.setattr("align.chat.template_sha256", lambda _: "0" * 64)
+    monkeypatch.setattr("align.chat.templates.template_sha256", lambda _: "0" * 64)
     with pytest.raises(AlignError, match="its chat template"):
         resolve(harbour)
 

@@ -13,7 +13,7 @@ from align.data.filters import Contamination, EqualPairs, ExactDuplicates, NearD
 from align.data.inspection import inspect
 from align.data.likeness import opening_key, row_key
 from align.data.personal import masked, masked_text
-from align.recipe import DataSettings
+from align.recipe.settings import DataSettings
 
 
 def conversation(question: str, answer: str = "Yes.") -> Conversation:

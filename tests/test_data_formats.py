@@ -13,7 +13,7 @@ from align.data.formats import FORMATS, detect, read_row, renamed
 from align.data.inspection import inspect
 from align.data.problems import RowError
 from align.errors import AlignError
-from align.recipe import DataSettings, Format
+from align.recipe.settings import DataSettings, Format
 
 USER = Message("user", "Who?")
 ANSWER = Message("assistant", "Me.")

@@ -20,7 +20,7 @@ from align.data.likeness import opening_key, row_key
 from align.data.prepare import PreparedData, canonical_row, prepare, read_prepared, source_key, write_prepared
 from align.data.split import hold_out
 from align.errors import AlignError
-from align.recipe import DataSettings, Format
+from align.recipe.settings import DataSettings, Format
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:

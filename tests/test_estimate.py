@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from align.estimate import LIBRARIES_BYTES, Shape, estimate
-from align.recipe import AdapterSettings, SftSettings
+from align.recipe.settings import AdapterSettings, SftSettings
 
 LLAMA_8B = {
     "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,

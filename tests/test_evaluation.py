@@ -9,9 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from align import scoring
-from align.encoded import Encoded, EncodedPair
-from align.evaluation import (
+from align.chat.encoded import Encoded, EncodedPair
+from align.evaluation.numbers import (
     as_metrics,
     calibration,
     expected_calibration_error,
@@ -29,8 +28,9 @@ from align.evaluation import (
 )
 from align.judge import Verdict
 from align.preference_losses import Pair
-from align.rollout import Sampling, generate
-from align.scoring import AnswerLogps, answer_logps, pair_logps, pair_rewards, reply_row, rewards
+from align.rollout import scoring
+from align.rollout.generation import Sampling, generate
+from align.rollout.scoring import AnswerLogps, answer_logps, pair_logps, pair_rewards, reply_row, rewards
 
 
 @pytest.fixture(scope="module", params=["tiny_llama", "tiny_gpt2"])

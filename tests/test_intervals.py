@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from align.intervals import bootstrap, correlation, mean, paired_difference, ratio, transformed, wilson
+from align.evaluation.intervals import bootstrap, correlation, mean, paired_difference, ratio, transformed, wilson
 
 
 def test_wilson_equals_the_worked_example():
@@ -56,7 +56,7 @@ def test_same_seed_same_interval_and_another_seed_another():
 def test_resampling_in_parts_changes_no_number(monkeypatch):
     values = list(np.random.default_rng(2).normal(size=50))
     whole = mean(values)
-    monkeypatch.setattr("align.intervals.WEIGHTS_AT_ONCE", 50 * 7)
+    monkeypatch.setattr("align.evaluation.intervals.WEIGHTS_AT_ONCE", 50 * 7)
     assert mean(values) == whole
 
 

@@ -16,17 +16,11 @@ from align.cli.merge import merge_command
 from align.data.examples import Document
 from align.data.prepared import DataReport, PreparedData, write_prepared
 from align.errors import AlignError, CheckFailed
-from align.models import (
-    MergeVerdict,
-    load_policy,
-    load_reward,
-    load_tokenizer,
-    materialize,
-    merge,
-    save_checkpoint,
-    source_of,
-)
-from align.models.merging import choose_base
+from align.models.folders import load_tokenizer
+from align.models.loading import load_policy, load_reward
+from align.models.merging import MergeVerdict, choose_base, materialize, merge
+from align.models.saving import save_checkpoint
+from align.models.source import source_of
 from align.registry import DataUse, Registry
 from tests.test_models_training import IDS, WAYS, logits, save, train
 

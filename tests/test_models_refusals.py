@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from align.errors import AlignError
-from align.models import load_policy, model_config, source_of, trainable_parameters
-from align.recipe import AdapterSettings
+from align.models.folders import model_config
+from align.models.loading import load_policy, trainable_parameters
+from align.models.source import source_of
+from align.recipe.settings import AdapterSettings
 from tests.test_models_training import WAYS, logits, save, train
 
 

@@ -20,7 +20,10 @@ from transformers import (
 
 from align.batches import Batch
 from align.errors import AlignError
-from align.models import load_policy, load_reward, load_tokenizer, require_reward, reward_scores, source_of
+from align.models.folders import load_tokenizer
+from align.models.loading import load_policy, load_reward
+from align.models.rewards import require_reward, reward_scores
+from align.models.source import source_of
 from tests.test_models_training import WAYS, save, snapshot
 
 EOS, PAD = 2, 0

@@ -12,7 +12,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PhiConfig, PhiForCausalLM
 
 from align.errors import AlignError
-from align.models import load_policy, load_tokenizer, materialize, save_checkpoint, source_of
+from align.models.folders import load_tokenizer
+from align.models.loading import load_policy
+from align.models.merging import materialize
+from align.models.saving import save_checkpoint
+from align.models.source import source_of
 from tests.test_models_training import IDS, WAYS, save
 
 

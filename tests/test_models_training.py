@@ -11,15 +11,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from align.models import (
-    load_policy,
-    load_tokenizer,
-    save_checkpoint,
-    source_of,
-    trainable_parameters,
-)
+from align.models.folders import load_tokenizer
+from align.models.loading import load_policy, trainable_parameters
 from align.models.quantized import dequantized_weights
-from align.recipe import AdapterSettings
+from align.models.saving import save_checkpoint
+from align.models.source import source_of
+from align.recipe.settings import AdapterSettings
 
 IDS = torch.arange(5, 85).reshape(4, 20)
 RANK = 4

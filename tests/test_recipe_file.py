@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from align.errors import AlignError
-from align.recipe_file import load_recipe, read_recipe, resolved
+from align.recipe.file import load_recipe, read_recipe, resolved
 
 GOOD = """\
 name: harbour
@@ -236,7 +236,7 @@ def test_reading_a_recipe_imports_no_torch(recipe):
     import subprocess
     import sys
 
-    code = f"import sys; from pathlib import Path; from align.recipe_file import load_recipe; load_recipe(Path({str(recipe())!r}));"
+    code = f"import sys; from pathlib import Path; from align.recipe.file import load_recipe; load_recipe(Path({str(recipe())!r}));"
     code += "assert not {'torch', 'transformers', 'sqlalchemy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -7,8 +7,7 @@ import itertools
 import pytest
 
 from align.errors import AlignError
-from align.recipe import Recipe
-from align.recipe_graph import (
+from align.recipe.graph import (
     check_graph,
     find_cycle,
     gives_adapter,
@@ -17,6 +16,7 @@ from align.recipe_graph import (
     topological_order,
     trains_adapter,
 )
+from align.recipe.settings import Recipe
 
 
 def recipe(stages: dict[str, dict], data: dict | None = None, **others) -> Recipe:

@@ -16,10 +16,10 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from align import rollout
 from align.errors import AlignError
-from align.rollout import Sampling, generate, left_padded
-from align.sampling import choose, uniforms
+from align.rollout import generation as rollout
+from align.rollout.generation import Sampling, generate, left_padded
+from align.rollout.sampling import choose, uniforms
 
 STOP = 2
 TEXTS = ["The heron", "Who has the key? The master", "a", "Once upon a time there was a small boat that"]

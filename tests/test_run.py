@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from align.batches import pad
-from align.chat import Encoded
+from align.chat.encoded import Encoded
 from align.errors import AlignError, Interrupted
 from align.models.loading import load_policy, load_reward
 from align.models.rewards import reward_scores
@@ -22,7 +22,7 @@ from align.models.source import source_of
 from align.origins import Workshop
 from align.plan import plan
 from align.progress import Progress
-from align.recipe_file import load_recipe
+from align.recipe.file import load_recipe
 from align.registry import Registry
 from align.run import run_recipe
 from align.stopping import signals_handled
@@ -125,13 +125,17 @@ def test_plain_libraries_open_every_checkpoint(done: Bench) -> None:
 
     made = {record.stage: record.path for record in done.workshop().registry.all_checkpoints()}
     tokenizer = AutoTokenizer.from_pretrained(made["merged"])
-    row = tokenizer.apply_chat_template([{"role": "user", "content": "Who?"}], add_generation_prompt=True, return_tensors="pt")
+    row = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Who?"}], add_generation_prompt=True, return_tensors="pt"
+    )
     for stage in ("sft", "merged"):
         plain = AutoModelForCausalLM.from_pretrained(made[stage]).eval()(**row).logits
         assert torch.allclose(plain, load_policy(source_of(made[stage]), precision="float32")(**row).logits, atol=1e-5)
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(made["sft"]), str(made["aligned"]))
     both = torch.stack([adapted.eval()(**row).logits.flatten(), plain.flatten()])
-    assert torch.corrcoef(both)[0, 1] > 0.95  # plain peft takes the full-precision base; ours was trained on the 4-bit one
+    assert (
+        torch.corrcoef(both)[0, 1] > 0.95
+    )  # plain peft takes the full-precision base; ours was trained on the 4-bit one
     reward = AutoModelForSequenceClassification.from_pretrained(made["reward"]).eval()(**row).logits.squeeze(-1)
     batch = pad([Encoded(row["input_ids"][0].tolist(), [False] * row["input_ids"].shape[1])], 0)
     ours = reward_scores(load_reward(source_of(made["reward"]), precision="float32"), batch)
@@ -180,7 +184,7 @@ def test_an_edited_checkpoint_is_refused_by_the_stage_that_starts_from_it(tiny_l
     bench = bench_in(tmp_path, tiny_llama)
     bench.run(stages=["sft"])
     file = bench.workshop().registry.checkpoint("harbour/sft").path / "config.json"
-    os.chmod(file, 0o644)
+    file.chmod(0o644)
     file.write_text(file.read_text().replace('"silu"', '"gelu"'))
     with pytest.raises(AlignError, match=r"config\.json"):
         bench.run()

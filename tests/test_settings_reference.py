@@ -11,10 +11,10 @@ import pytest
 from click.testing import CliRunner
 
 from align.cli.recipes import recipe_group
-from align.recipe import Recipe
-from align.setting_types import LOSS_MODELS, STAGE_MODELS, in_words, keys_of, places_of
-from align.settings_reference import recipe_schema, settings_page
-from align.yaml_text import parse_yaml
+from align.recipe.reference import recipe_schema, settings_page
+from align.recipe.settings import Recipe
+from align.recipe.types import LOSS_MODELS, STAGE_MODELS, in_words, keys_of, places_of
+from align.recipe.yaml_text import parse_yaml
 
 ROOT = Path(__file__).parents[1]
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from align.recipe import DataSettings
-from align.recipe_file import load_recipe
-from align.recipe_graph import recipe_warnings, topological_order
+from align.recipe.file import load_recipe
+from align.recipe.graph import recipe_warnings, topological_order
+from align.recipe.settings import DataSettings
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 

@@ -11,9 +11,9 @@ from click.testing import CliRunner
 
 from align.cli.recipes import init_command
 from align.errors import AlignError
-from align.recipe_file import load_recipe
-from align.recipe_graph import recipe_warnings, topological_order
-from align.starter import write_starter
+from align.recipe.file import load_recipe
+from align.recipe.graph import recipe_warnings, topological_order
+from align.recipe.starter import write_starter
 
 ROWS = {
     "chats": {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},

@@ -9,7 +9,7 @@ import pytest
 import sacrebleu
 
 from align.errors import AlignError
-from align.text_metrics import (
+from align.evaluation.text_metrics import (
     METRICS,
     TextMetric,
     bleu,

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from align.chat import Encoded
+from align.chat.encoded import Encoded
 from align.errors import Interrupted, StageFailed
 from align.models.loading import load_policy
 from align.models.source import source_of
 from align.progress import Progress
-from align.recipe import SftSettings
+from align.recipe.settings import SftSettings
 from align.stages.objectives import AnswerLoss
 from align.state import complete_states
 from align.stopping import signals_handled

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from align.errors import AlignError
-from align.yaml_text import parse_yaml
+from align.recipe.yaml_text import parse_yaml
 
 
 def read(text: str):

@@ -15,7 +15,7 @@ import click
 if TYPE_CHECKING:
     from align.data.examples import Example
     from align.data.inspection import FileReport
-    from align.recipe import DataSettings
+    from align.recipe.settings import DataSettings
 
     Spans = list[tuple[str, bool]]  # text of one row in pieces, and whether the piece is trained
 
@@ -164,8 +164,10 @@ UNLIMITED_TOKENS = 10**9  # nothing is cut or dropped for the eye
 
 def _token_spans(examples: Sequence[Example], model: str, train_on: str) -> Iterator[Spans]:
     """The text of each row as the model sees it, in pieces that are trained and pieces that are not."""
-    from align.chat import Encoder, prepare_tokenizer
-    from align.models import load_tokenizer, source_of
+    from align.chat.encoder import Encoder
+    from align.chat.templates import prepare_tokenizer
+    from align.models.folders import load_tokenizer
+    from align.models.source import source_of
 
     tokenizer = load_tokenizer(source_of(_model_folder(model)))
     prepare_tokenizer(tokenizer, None)
@@ -224,7 +226,7 @@ def _show_tokens(rows: Sequence[Spans], as_json: bool) -> None:
 
 
 def _settings(path: str, **values: Any) -> DataSettings:
-    from align.recipe import DataSettings
+    from align.recipe.settings import DataSettings
 
     return DataSettings(path=path, **values)
 

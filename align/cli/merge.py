@@ -61,9 +61,9 @@ def merge_command(
 
     Ends with exit code 3 when they differ by more than --max-kl; the folder stays, to be looked at.
     """
-    from align.checkpoint_ref import resolve
-    from align.models.loading import load_tokenizer
+    from align.models.folders import load_tokenizer
     from align.models.merging import merge
+    from align.use.references import resolve
 
     _refuse_used(out)
     source = resolve(checkpoint)
@@ -109,7 +109,7 @@ def _rows_to_compare(tokenizer: Any, checkpoint: str, data: str | None) -> tuple
 
 
 def _given(data: str) -> list[Example]:
-    from align.user_rows import read_file_or_data_set
+    from align.use.rows import read_file_or_data_set
 
     return read_file_or_data_set(data)
 
@@ -131,7 +131,7 @@ def _held_out(checkpoint: str) -> tuple[list[Example], str]:
 
 def _encoded(tokenizer: Any, example: Example) -> list[int]:
     """The tokens of an example as training sees them; of its bare text where the tokenizer has no template."""
-    from align.chat import Encoder
+    from align.chat.encoder import Encoder
     from align.data.examples import Conversation, Document, Preference, Prompt
 
     if isinstance(example, Document):

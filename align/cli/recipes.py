@@ -20,7 +20,7 @@ def recipe_group() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of YAML.")
 def show_command(recipe: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """Print RECIPE with every setting that will be used, defaults included."""
-    from align.recipe_file import load_recipe, resolved
+    from align.recipe.file import load_recipe, resolved
 
     settings = resolved(load_recipe(recipe, overrides))
     if as_json:
@@ -34,7 +34,7 @@ def show_command(recipe: Path, overrides: tuple[str, ...], as_json: bool) -> Non
 @recipe_group.command("schema")
 def schema_command() -> None:
     """Print the JSON schema of recipes, for completion and checks in an editor."""
-    from align.settings_reference import recipe_schema
+    from align.recipe.reference import recipe_schema
 
     click.echo(json.dumps(recipe_schema(), indent=2))
 
@@ -42,7 +42,7 @@ def schema_command() -> None:
 @recipe_group.command("settings")
 def settings_command() -> None:
     """Print every setting with its default and a sentence, as Markdown (docs/settings.md)."""
-    from align.settings_reference import settings_page
+    from align.recipe.reference import settings_page
 
     click.echo(settings_page(), nl=False)
 
@@ -55,7 +55,7 @@ def settings_command() -> None:
 @click.option("--force", is_flag=True, help="Overwrite a recipe that is there already.")
 def init_command(model: str, files: tuple[str, ...], out: Path | None, name: str | None, force: bool) -> None:
     """Write a short commented recipe for a model and your data; formats are detected."""
-    from align.starter import write_starter
+    from align.recipe.starter import write_starter
 
     written = write_starter(model, files, out=out, name=name, force=force)
     click.echo(f"wrote {written.path}")

@@ -33,7 +33,7 @@ def report_command(target: str | None, out: Path) -> None:
 
 def _name_of(target: str) -> str:
     """A recipe's name for its file; anything else is a name already."""
-    from align.recipe_file import SUFFIXES, load_recipe
+    from align.recipe.file import SUFFIXES, load_recipe
 
     return load_recipe(Path(target)).name if target.endswith(SUFFIXES) else target
 

@@ -66,7 +66,7 @@ def stage_command(kind: str, summary: str) -> click.Command:
         report_path: Path | None,
         as_json: bool,
     ) -> None:
-        from align.recipe_graph import stages_of_kind
+        from align.recipe.graph import stages_of_kind
 
         workshop = open_workshop(recipe, overrides)
         run_stages(workshop, stages_of_kind(workshop.recipe, kind), force, report_path, as_json=as_json)
@@ -101,7 +101,7 @@ def plan_command(recipe: Path | None, overrides: tuple[str, ...], as_json: bool)
 def check_command(recipe: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
     """Find every error that can be found without training, and report on the data."""
     from align.checks import check_recipe
-    from align.recipe_graph import recipe_warnings
+    from align.recipe.graph import recipe_warnings
 
     workshop = open_workshop(recipe, overrides, create=False)
     found = check_recipe(workshop)
@@ -119,7 +119,7 @@ def check_command(recipe: Path | None, overrides: tuple[str, ...], as_json: bool
 def open_workshop(recipe: Path | None, overrides: tuple[str, ...], *, create: bool = True) -> Workshop:
     """The recipe (default: $ALIGN_RECIPE, else recipes/quickstart.yaml) with the registry it works in."""
     from align.origins import Workshop
-    from align.recipe_file import load_recipe
+    from align.recipe.file import load_recipe
     from align.registry import Registry
 
     path = recipe or Path(os.environ.get("ALIGN_RECIPE") or DEFAULT_RECIPE)

@@ -16,9 +16,9 @@ import click
 if TYPE_CHECKING:
     from align.data.examples import Example, Messages
     from align.models.source import Source
-    from align.opened import Policy
     from align.progress import Progress
-    from align.rollout import Sampling
+    from align.rollout.generation import Sampling
+    from align.use.opened import Policy
 
 Command = Callable[..., Any]
 SAMPLING_NAMES = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
@@ -69,7 +69,7 @@ def generate_command(
 
     Example: align generate harbour/sft --prompt "Who keeps the key?"
     """
-    from align.rollout import Sampling
+    from align.rollout.generation import Sampling
 
     if bool(prompts) == bool(data):
         raise click.UsageError("give --prompt TEXT or --data FILE")
@@ -95,7 +95,7 @@ def generate_command(
 @sampling_options(temperature=0.7)
 def chat_command(checkpoint: str, system: str | None, **sampling: Any) -> None:
     """Talk with CHECKPOINT. /reset forgets the conversation, /quit (or the end of input) leaves."""
-    from align.rollout import Sampling
+    from align.rollout.generation import Sampling
 
     settings = Sampling(**sampling)
     policy = _policy(checkpoint)
@@ -123,9 +123,9 @@ def score_command(checkpoint: str, data: str | None, as_json: bool) -> None:
 
     Example: echo '{"prompt": "Hello", "completion": "Good day."}' | align score harbour/reward
     """
-    from align.checkpoint_ref import resolve
     from align.models.rewards import require_reward
-    from align.user_rows import read_file, read_text
+    from align.use.references import resolve
+    from align.use.rows import read_file, read_text
 
     require_reward(source := resolve(checkpoint))
     examples = read_file(data) if data else read_text(_standard_input(), "standard input")
@@ -159,7 +159,7 @@ def eval_command(
 
     Example: align eval harbour/sft --data held-out.jsonl --metrics perplexity,f1
     """
-    from align.checkpoint_ref import resolve
+    from align.use.references import resolve
 
     if (data is None) == (harness is None):
         raise click.UsageError("give --data NAME_OR_FILE or --harness TASK")
@@ -167,7 +167,7 @@ def eval_command(
         raise click.UsageError("--against and --reward belong together")
     source = resolve(checkpoint)
     if harness is not None:
-        from align.harness import harness_results
+        from align.evaluation.harness import harness_results
 
         _print_json(harness_results(source, harness.split(","), limit=rows))
         return
@@ -181,12 +181,12 @@ def eval_command(
 
 def _measured(source: Source, examples: Sequence[Example], options: Mapping[str, Any]) -> dict[str, Any]:
     """Metrics as the registry keeps them; all that can be refused is refused before a model is loaded."""
-    from align.benchmark import Benchmark, Opponent, chosen_metrics, reward_benchmark
-    from align.checkpoint_ref import resolve
-    from align.evaluation import as_metrics
+    from align.evaluation.benchmark import Benchmark, Opponent, chosen_metrics, reward_benchmark
+    from align.evaluation.numbers import as_metrics
     from align.judge import Judge
-    from align.opened import Policy, RewardModel
-    from align.rollout import Sampling
+    from align.rollout.generation import Sampling
+    from align.use.opened import Policy, RewardModel
+    from align.use.references import resolve
 
     if source.is_reward:
         for name in ("metrics", "judge", "against"):
@@ -209,7 +209,7 @@ def _scored(source: Source, examples: Sequence[Example]) -> list[dict[str, float
     """For each row {"reward"}, or {"chosen", "rejected", "margin"} for a pair."""
     from align.data.examples import Conversation, Preference, Rated, prompt_of
     from align.errors import AlignError
-    from align.opened import RewardModel
+    from align.use.opened import RewardModel
 
     replies: list[tuple[Messages, Messages]] = []
     for number, example in enumerate(examples, 1):
@@ -275,7 +275,7 @@ def _typed() -> str:
 
 
 def _asked(prompts: Sequence[str], data: str | None, system: str | None) -> list[Messages]:
-    from align.user_rows import prompts_of, read_file
+    from align.use.rows import prompts_of, read_file
 
     if data is None:
         return [_turns(system, prompt) for prompt in prompts]
@@ -290,14 +290,14 @@ def _turns(system: str | None, prompt: str | None = None) -> Messages:
 
 
 def _policy(checkpoint: str) -> Policy:
-    from align.checkpoint_ref import resolve
-    from align.opened import Policy
+    from align.use.opened import Policy
+    from align.use.references import resolve
 
     return Policy.open(resolve(checkpoint))
 
 
 def _held_out(reference: str, rows: int | None) -> list[Example]:
-    from align.user_rows import read_file_or_data_set
+    from align.use.rows import read_file_or_data_set
 
     return read_file_or_data_set(reference)[:rows]
 

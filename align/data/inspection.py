@@ -12,7 +12,7 @@ from align.data.filters import EqualPairs, ExactDuplicates
 from align.data.likeness import opening_key, whole_text, words
 from align.data.problems import Problem, Problems
 from align.data.reading import Reading, source_of
-from align.recipe import DataSettings
+from align.recipe.settings import DataSettings
 
 
 @dataclass(frozen=True, slots=True)

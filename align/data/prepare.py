@@ -26,7 +26,7 @@ from align.data.reading import Reading, source_of
 from align.data.sources import content_sha256
 from align.data.split import ALWAYS_HELD_OUT_ROWS, hold_out, without_questions_of
 from align.errors import AlignError, did_you_mean
-from align.recipe import DataSettings
+from align.recipe.settings import DataSettings
 
 __all__ = [
     "PREPARE_VERSION", "DataReport", "PreparedData", "canonical_row", "prepare", "read_prepared", "source_key",

@@ -13,7 +13,7 @@ from align.data.formats import FORMATS, detect, read_row, renamed
 from align.data.problems import Problem, Problems, Row, RowError
 from align.data.sources import Source, find_source, read_rows
 from align.errors import AlignError
-from align.recipe import DataSettings
+from align.recipe.settings import DataSettings
 
 SAMPLE_ROWS = 50  # rows that a format is detected from
 

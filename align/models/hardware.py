@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 
@@ -31,6 +32,11 @@ def compute_dtype(precision: str, width: int | None = None) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     wide = width is None or width >= BFLOAT16_MIN_WIDTH
     return torch.bfloat16 if wide and _cpu_has_bfloat16() else torch.float32
+
+
+def width_of(config: Any) -> int:
+    """Hidden size of a model, also of the text part of one that sees or hears."""
+    return int(config.get_text_config().hidden_size)
 
 
 def _cpu_has_bfloat16() -> bool:

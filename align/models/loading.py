@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,28 +18,17 @@ from align.models.adapters import (
     saved_vocabulary,
     train_in_float32,
 )
-from align.models.hardware import compute_dtype
+from align.models.folders import load_tokenizer, model_config, open_config
+from align.models.hardware import compute_dtype, width_of
 from align.models.opening import (
     fresh_weights,
     grow_vocabulary,
-    open_config,
-    open_tokenizer,
     open_weights,
     silence_dropout,
 )
 from align.models.rewards import require_head, require_reward, start_head
 from align.models.source import Quantize, Source, located
-from align.recipe import AdapterSettings
-
-__all__ = [
-    "load_policy",
-    "load_reward",
-    "load_tokenizer",
-    "model_config",
-    "require_reward",
-    "trainable_parameters",
-    "width_of",
-]
+from align.recipe.settings import AdapterSettings
 
 
 @dataclass(frozen=True)
@@ -78,24 +66,6 @@ class _Wish:
             )
         if self.trainable and self.quantize and not (self.adapter or source.is_adapter):
             raise AlignError("'quantize' freezes the base, so nothing would be trained", "Add an `adapter:`.")
-
-
-def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    """The checkpoint's own tokenizer; its base's where an adapter folder has none."""
-    source = located(source)
-    own = any((Path(source.path) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
-    tokenizer: PreTrainedTokenizerBase = open_tokenizer(source if own else located(source.root))
-    return tokenizer
-
-
-def model_config(source: Source) -> Any:
-    """The transformers config of a model, or of an adapter's base, without its weights."""
-    return open_config(located(source.root))
-
-
-def width_of(config: Any) -> int:
-    """Hidden size of a model, also of the text part of one that sees or hears."""
-    return int(config.get_text_config().hidden_size)
 
 
 def load_policy(

@@ -3,39 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from transformers.utils import logging as transformers_logging
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from align.errors import AlignError
+from align.models.folders import errors_of, quiet
 from align.models.hardware import device
 from align.models.quantized import mend_for_cpu, quantization_config
 from align.models.source import Quantize, Source
 
 CLASSES = {"model": AutoModelForCausalLM, "reward": AutoModelForSequenceClassification}
 NEW_HEAD = "score."  # the only weights that a checkpoint may lack: those of a head that is still to be trained
-
-
-def open_config(source: Source) -> Any:
-    """The transformers config of a located source (of the base, for an adapter)."""
-    root = source.root
-    with _errors_of(root.path), quiet():
-        return AutoConfig.from_pretrained(
-            root.path, trust_remote_code=root.trust_remote_code, local_files_only=True
-        )  # fmt: skip
-
-
-def open_tokenizer(source: Source) -> Any:
-    """The tokenizer in the folder of a located source."""
-    with _errors_of(source.path), quiet():
-        return AutoTokenizer.from_pretrained(
-            source.path, trust_remote_code=source.trust_remote_code, local_files_only=True
-        )  # fmt: skip
 
 
 def open_weights(root: Source, *, reward: bool, dtype: torch.dtype, quantize: Quantize | None = None) -> Any:
@@ -47,7 +28,7 @@ def open_weights(root: Source, *, reward: bool, dtype: torch.dtype, quantize: Qu
     options: dict[str, Any] = {"num_labels": 1} if reward else {}
     if quantize:
         options |= {"quantization_config": quantization_config(quantize, dtype), "device_map": {"": device()}}
-    with _errors_of(root.path), quiet():
+    with errors_of(root.path), quiet():
         model, report = CLASSES["reward" if reward else "model"].from_pretrained(
             root.path, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True,
             trust_remote_code=root.trust_remote_code, **options,
@@ -97,20 +78,6 @@ def silence_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' progress bars and its table of weights that were new: both are checked here."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
 def _tensors_by_token(embeddings: list[Any]) -> Iterator[Tensor]:
     """Weights, and biases where there are any, that have a row for each token; tied ones once."""
     seen: set[int] = set()
@@ -119,15 +86,3 @@ def _tensors_by_token(embeddings: list[Any]) -> Iterator[Tensor]:
             if tensor is not None and id(tensor) not in seen:
                 seen.add(id(tensor))
                 yield tensor
-
-
-@contextmanager
-def _errors_of(path: str) -> Iterator[None]:
-    """What libraries raise for a bad folder, as our error. Running out of memory is no fault of the folder."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise AlignError(f"{path}: cannot be opened: {first}", "Check the folder's files, or copy it again.") from error

@@ -7,14 +7,16 @@ place is taken from the attention mask here. Any classifier with a trunk and a `
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from align.batches import Batch
 from align.errors import AlignError
 from align.models.source import Source
+
+if TYPE_CHECKING:
+    from align.batches import Batch
 
 
 def require_reward(source: Source) -> None:

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from align.errors import AlignError
 from align.models.adapters import is_adapted, save_adapter
-from align.models.opening import quiet
+from align.models.folders import quiet
 
 
 def save_checkpoint(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

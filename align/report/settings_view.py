@@ -10,7 +10,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from align.recipe import ADAPTER_FACTOR, PEAK_LEARNING_RATE, Stage
+from align.recipe.settings import ADAPTER_FACTOR, PEAK_LEARNING_RATE, Stage
 from align.report import words
 
 

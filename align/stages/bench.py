@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from align.chat import stop_token_ids
+from align.chat.templates import stop_token_ids
 from align.data.examples import Question, prompt_of
-from align.evaluation import as_metrics, judge_changes, judge_numbers
+from align.evaluation.numbers import as_metrics, judge_changes, judge_numbers
 from align.judge import Verdict
 from align.progress import Progress
-from align.rollout import Reply, Sampling, generate
-from align.stages.encoding import Desk
+from align.rollout.generation import Reply, Sampling, generate
 from align.stages.stage import Inputs
+
+if TYPE_CHECKING:
+    from align.stages.encoding import Desk
 
 
 @dataclass

@@ -13,22 +13,23 @@ from typing import Any
 
 from torch import nn
 
-from align.chat import Encoded, EncodedPair
+from align.chat.encoded import Encoded, EncodedPair
 from align.data.examples import Preference, Rated
 from align.errors import AlignError
-from align.evaluation import TIE_NATS, accuracy_change, as_metrics, kl_numbers, preference_numbers
+from align.evaluation.numbers import TIE_NATS, accuracy_change, as_metrics, kl_numbers, preference_numbers
 from align.models.loading import load_policy
 from align.models.saving import save_checkpoint
+from align.objective import Objective
 from align.preference_losses import Pair, log_ratios
 from align.progress import Progress
-from align.recipe import DpoSettings, KtoLoss, SigmoidLoss
-from align.scoring import AnswerLogps, answer_logps, pair_logps, reply_row
+from align.recipe.settings import DpoSettings, KtoLoss, SigmoidLoss
+from align.rollout.scoring import AnswerLogps, answer_logps, pair_logps, reply_row
 from align.stages.bench import Bench, judged, samples
 from align.stages.encoding import Desk
 from align.stages.objectives import ComparedPair, PreferenceLoss, RatedLoss, RatedRow
 from align.stages.reference import as_floats, reference_logps, rotated
 from align.stages.stage import Inputs, Outcome
-from align.trainer import Objective, Task, train
+from align.trainer import Task, train
 
 
 def run(settings: DpoSettings, inputs: Inputs, folder: Path, progress: Progress) -> Outcome:

@@ -8,12 +8,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from align.chat import Encoder, check_template, prepare_tokenizer, template_sha256
+from align.chat.encoder import Encoder
+from align.chat.templates import check_template, prepare_tokenizer, template_sha256
 from align.data.examples import Conversation, Document, Example, Preference, Rated
 from align.errors import AlignError
-from align.models.loading import load_tokenizer, model_config
+from align.models.folders import load_tokenizer, model_config
 from align.models.source import Source
-from align.recipe import TrainingSettings
+from align.recipe.settings import TrainingSettings
 
 LONGEST_ROW = 2048  # tokens; max_length where the recipe gives none and the model could take more
 

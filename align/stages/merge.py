@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from align.chat import Encoder, template_sha256
+from align.chat.encoder import Encoder
+from align.chat.templates import template_sha256
 from align.data.examples import Document, Example, Preference, Prompt, Rated, prompt_of
 from align.errors import AlignError, CheckFailed
-from align.models.loading import load_tokenizer
+from align.models.folders import load_tokenizer
 from align.models.merging import merge
 from align.progress import Progress
-from align.recipe import MergeSettings
+from align.recipe.settings import MergeSettings
 from align.stages.encoding import context_of
 from align.stages.stage import Inputs, Outcome
 

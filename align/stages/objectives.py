@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from align.batches import Batch, micro_batches, pad
-from align.chat import Encoded, EncodedPair
+from align.chat.encoded import Encoded, EncodedPair
 from align.losses import bradley_terry_loss, nll_sum, scored_tokens, sequence_logps, token_logps
 from align.models.rewards import reward_scores
+from align.objective import Objective
 from align.preference_losses import (
     Pair,
     apo_zero_loss,
@@ -29,7 +30,7 @@ from align.preference_losses import (
     sigmoid_loss,
     simpo_loss,
 )
-from align.recipe import (
+from align.recipe.settings import (
     ApoZeroLoss,
     CpoLoss,
     DpoLoss,
@@ -41,7 +42,6 @@ from align.recipe import (
     SigmoidLoss,
     SimpoLoss,
 )
-from align.trainer import Objective
 
 
 class AnswerLoss(Objective):

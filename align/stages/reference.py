@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from align.chat import Encoded
+from align.chat.encoded import Encoded
 from align.progress import Progress
 from align.registry.hashing import sha256_json
-from align.scoring import AnswerLogps, answer_logps
+from align.rollout.scoring import AnswerLogps, answer_logps
 
 
 def reference_logps(

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from align.errors import AlignError
-from align.evaluation import accuracy_change, as_metrics, scored_numbers
+from align.evaluation.numbers import accuracy_change, as_metrics, scored_numbers
 from align.models.loading import load_reward
 from align.models.merging import materialize
 from align.models.saving import save_checkpoint
 from align.progress import Progress
-from align.recipe import RewardSettings
-from align.scoring import pair_rewards
+from align.recipe.settings import RewardSettings
+from align.rollout.scoring import pair_rewards
 from align.stages.encoding import Desk
 from align.stages.objectives import RewardLoss
 from align.stages.stage import Inputs, Outcome

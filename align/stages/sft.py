@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from align.evaluation import as_metrics, likelihood_change, likelihood_numbers
+from align.evaluation.numbers import as_metrics, likelihood_change, likelihood_numbers
 from align.models.loading import load_policy
 from align.models.saving import save_checkpoint
 from align.progress import Progress
-from align.recipe import PretrainSettings, SftSettings
-from align.scoring import AnswerLogps, answer_logps
+from align.recipe.settings import PretrainSettings, SftSettings
+from align.rollout.scoring import AnswerLogps, answer_logps
 from align.stages.bench import Bench, judged, samples
 from align.stages.encoding import Desk
 from align.stages.objectives import AnswerLoss

@@ -11,7 +11,7 @@ from align.data.examples import Question
 from align.data.prepared import PreparedData
 from align.judge import Judge
 from align.models.source import Source
-from align.recipe import EvaluationSettings
+from align.recipe.settings import EvaluationSettings
 
 
 @dataclass(frozen=True)

@@ -48,8 +48,8 @@ def _check_template(record: CheckpointRecord, source: Source) -> None:
     """The tokenizer renders chats with the template that the checkpoint was trained with."""
     if record.template_sha256 is None:
         return
-    from align.chat import template_sha256
-    from align.models.loading import load_tokenizer
+    from align.chat.templates import template_sha256
+    from align.models.folders import load_tokenizer
 
     found = template_sha256(load_tokenizer(source))
     if found != record.template_sha256:

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 
 from align.errors import AlignError, did_you_mean
-from align.recipe import MergeSettings, Recipe, RewardSettings, Stage, TrainingSettings
-from align.recipe_problems import Problem
-from align.yaml_text import shown
+from align.recipe.problems import Problem
+from align.recipe.settings import MergeSettings, Recipe, RewardSettings, Stage, TrainingSettings
+from align.recipe.yaml_text import shown
 
 Graph = Mapping[str, Sequence[str]]
 

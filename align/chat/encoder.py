@@ -12,23 +12,11 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from align.chat.encoded import Encoded, EncodedPair, LengthReport
+from align.chat.rendering import Rendered, Renderer, Tools
+from align.chat.tokens import PieceTokenizer
 from align.data.examples import Conversation, Document, Messages, Preference, Rated
-from align.encoded import Encoded, EncodedPair, LengthReport
 from align.errors import AlignError
-from align.rendering import Rendered, Renderer, Tools
-from align.templates import check_template, prepare_tokenizer, stop_token_ids, template_sha256
-from align.tokens import PieceTokenizer
-
-__all__ = [
-    "Encoded",
-    "EncodedPair",
-    "Encoder",
-    "LengthReport",
-    "check_template",
-    "prepare_tokenizer",
-    "stop_token_ids",
-    "template_sha256",
-]
 
 _TRAINING_TEMPLATE = "Set `template:` to a version of the template for training, where the prompt begins the row."
 TooLong = Literal["drop", "cut", "error"]

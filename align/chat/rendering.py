@@ -21,10 +21,10 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from align.chat.guard import guard
+from align.chat.tokens import LITERAL_END, LITERAL_START
 from align.data.examples import Message, Messages
 from align.errors import AlignError
-from align.template_guard import guard
-from align.tokens import LITERAL_END, LITERAL_START
 
 Tools = Sequence[Mapping[str, Any]]
 
@@ -34,7 +34,7 @@ _PROBE: Messages = (Message("user", "question"), Message("assistant", "answer"))
 @cache
 def own_template() -> str:
     """Our chat template, given to tokenizers that have none."""
-    return resources.files("align").joinpath("template.jinja").read_text(encoding="utf-8").strip()
+    return resources.files("align.chat").joinpath("template.jinja").read_text(encoding="utf-8").strip()
 
 
 @dataclass(frozen=True, slots=True)

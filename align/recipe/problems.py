@@ -16,9 +16,9 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from align.errors import AlignError, did_you_mean
-from align.recipe import Recipe
-from align.setting_types import NAME_RULE, choices, in_words, item_type, keys_of, model_for, places_of
-from align.yaml_text import Node, Place, shown
+from align.recipe.settings import Recipe
+from align.recipe.types import NAME_RULE, choices, in_words, item_type, keys_of, model_for, places_of
+from align.recipe.yaml_text import Node, Place, shown
 
 MOST_LISTED = 20
 

@@ -8,15 +8,18 @@ from typing import Any
 
 from torch import nn
 
-from align.chat import Encoder, prepare_tokenizer, stop_token_ids
+from align.chat.encoded import Encoded
+from align.chat.encoder import Encoder
+from align.chat.templates import prepare_tokenizer, stop_token_ids
 from align.data.examples import Conversation, Document, Message, Messages
-from align.encoded import Encoded
 from align.errors import AlignError
-from align.models.loading import load_policy, load_reward, load_tokenizer, require_reward
+from align.models.folders import load_tokenizer
+from align.models.loading import load_policy, load_reward
+from align.models.rewards import require_reward
 from align.models.source import Source
 from align.progress import Progress
-from align.rollout import OnToken, Reply, Sampling, context_length, generate
-from align.scoring import rewards
+from align.rollout.generation import OnToken, Reply, Sampling, context_length, generate
+from align.rollout.scoring import rewards
 
 UNBOUNDED = 1_000_000  # longest row in tokens of a model that states no context
 

@@ -35,7 +35,7 @@ def guard(template: str) -> None:
     """
     if len(template) > TEMPLATE_CHARACTERS:
         raise _refusal(f"{len(template):,} characters long")
-    command = [sys.executable, "-P", "-m", "align.template_guard"]  # -P: no modules from the working folder
+    command = [sys.executable, "-P", "-m", "align.chat.guard"]  # -P: no modules from the working folder
     try:
         child = subprocess.run(command, input=template.encode(), capture_output=True, timeout=WALL_SECONDS, check=False)
     except subprocess.TimeoutExpired:

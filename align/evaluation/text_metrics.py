@@ -20,7 +20,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 
 from align.errors import AlignError, did_you_mean
-from align.intervals import Estimate, Floats, Numbers, bootstrap, mean, wilson
+from align.evaluation.intervals import Estimate, Floats, Numbers, bootstrap, mean, wilson
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)

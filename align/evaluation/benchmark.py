@@ -13,13 +13,13 @@ from typing import Any
 
 from align.data.examples import Conversation, Document, Example, Message, Preference, prompt_of
 from align.errors import AlignError, did_you_mean
-from align.evaluation import judge_numbers, likelihood_numbers, preference_numbers, reward_numbers, win_rate
+from align.evaluation.numbers import judge_numbers, likelihood_numbers, preference_numbers, reward_numbers, win_rate
 from align.judge import Judge
 from align.models.source import Source
-from align.opened import Policy, RewardModel, said
 from align.progress import Progress
-from align.rollout import Reply, Sampling
-from align.scoring import answer_logps, pair_logps
+from align.rollout.generation import Reply, Sampling
+from align.rollout.scoring import answer_logps, pair_logps
+from align.use.opened import Policy, RewardModel, said
 
 TEXT_METRICS = ("exact_match", "f1", "bleu", "rouge", "numeric_match")
 ANSWER_METRICS = ("judge", "win_rate")
@@ -104,7 +104,7 @@ class Benchmark:
         return {**numbers, **self._left_out()}
 
     def _text(self, names: list[str]) -> dict[str, Any]:
-        from align.text_metrics import text_numbers
+        from align.evaluation.text_metrics import text_numbers
 
         right = [example.messages[-1].content for example in self.examples if isinstance(example, Conversation)]
         return dict(text_numbers([reply.text for reply in self.replies], right, names))

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from align.batches import Batch, micro_batches, pad
-from align.encoded import Encoded, EncodedPair
-from align.inference import device_of, evaluating
+from align.chat.encoded import Encoded, EncodedPair
 from align.losses import token_logps
 from align.models.rewards import reward_scores
 from align.preference_losses import Pair
 from align.progress import Progress
+from align.rollout.inference import device_of, evaluating
 
 TOKENS_AT_ONCE = 8192  # padding included
 LOGITS_AT_ONCE = 2**27  # numbers; 512 MB in float32

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig
 
-from align import sampling as step_sampling
 from align.batches import micro_batches
-from align.decoding_cache import decoding_cache
 from align.errors import AlignError
-from align.inference import device_of, evaluating
 from align.progress import Progress
+from align.rollout import sampling as step_sampling
+from align.rollout.cache import decoding_cache
+from align.rollout.inference import device_of, evaluating
 
 TOKENS_AT_ONCE = 32_768  # prompts and replies of one batch, padding included: bounds the key-value cache
 

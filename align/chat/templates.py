@@ -12,10 +12,10 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from align.chat.rendering import Renderer, own_template
+from align.chat.tokens import PieceTokenizer
 from align.data.examples import Message, Messages
 from align.errors import AlignError
-from align.rendering import Renderer, own_template
-from align.tokens import PieceTokenizer
 
 ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
 STOP_TOKEN = "<|end|>"

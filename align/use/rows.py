@@ -13,7 +13,7 @@ from align.data.prepared import read_prepared
 from align.data.reading import Reading
 from align.data.sources import Source, find_source
 from align.errors import AlignError
-from align.recipe import DataSettings
+from align.recipe.settings import DataSettings
 from align.registry.store import Registry
 
 

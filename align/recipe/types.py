@@ -13,7 +13,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from align.recipe import DataSettings, DpoLoss, Recipe, Stage
+from align.recipe.settings import DataSettings, DpoLoss, Recipe, Stage
 
 NAME_RULE = "letters, digits, - and _ only, a letter or digit first, at most 64"
 

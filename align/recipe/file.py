@@ -17,11 +17,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from align.errors import AlignError, did_you_mean
-from align.recipe import ADAPTER_FACTOR, Recipe, Stage, TrainingSettings
-from align.recipe_graph import check_graph, trains_adapter
-from align.recipe_problems import model_at, node_at, owner, problems_of, refusal
-from align.setting_types import keys_of, short_key
-from align.yaml_text import Node, Place, parse_yaml, shown
+from align.recipe.graph import check_graph, trains_adapter
+from align.recipe.problems import model_at, node_at, owner, problems_of, refusal
+from align.recipe.settings import ADAPTER_FACTOR, Recipe, Stage, TrainingSettings
+from align.recipe.types import keys_of, short_key
+from align.recipe.yaml_text import Node, Place, parse_yaml, shown
 
 SUFFIXES = (".yaml", ".yml", ".json")
 

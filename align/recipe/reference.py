@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from align.recipe import (
+from align.recipe.settings import (
     ADAPTER_FACTOR,
     PEAK_LEARNING_RATE,
     AdapterSettings,
@@ -23,13 +23,13 @@ from align.recipe import (
     Recipe,
     TrainingSettings,
 )
-from align.setting_types import LOSS_MODELS, STAGE_MODELS, in_words, keys_of
+from align.recipe.types import LOSS_MODELS, STAGE_MODELS, in_words, keys_of
 
 SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 PREAMBLE = """# Settings of a recipe
 
-Made from `align/recipe.py` by `align recipe settings > docs/settings.md`; do not edit it by hand. `align recipe schema`
+Made from `align/recipe/settings.py` by `align recipe settings > docs/settings.md`; do not edit it by hand. `align recipe schema`
 prints the same as a JSON schema for editors, `align recipe show RECIPE` a recipe with every default filled in.
 
 Unknown keys are refused, and so is a value of another type: nothing that is written in a recipe is ever changed.

@@ -22,10 +22,10 @@ from align.data.formats import detect, read_row
 from align.data.problems import Problem, RowError
 from align.data.sources import find_source, read_rows
 from align.errors import AlignError
-from align.recipe import Name
-from align.recipe_file import load_recipe
-from align.setting_types import NAME_RULE
-from align.yaml_text import Place, scalar, shown
+from align.recipe.file import load_recipe
+from align.recipe.settings import Name
+from align.recipe.types import NAME_RULE
+from align.recipe.yaml_text import Place, scalar, shown
 
 ROWS_LOOKED_AT = 200
 PLAIN = re.compile(r"[A-Za-z0-9./_][A-Za-z0-9./_-]*")

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from align.encoded import Encoded, EncodedPair
-from align.intervals import (
+from align.chat.encoded import Encoded, EncodedPair
+from align.evaluation.intervals import (
     Estimate,
     Floats,
     Numbers,
@@ -29,7 +29,7 @@ from align.intervals import (
 from align.judge import Verdict
 from align.preference_losses import Pair
 from align.progress import Progress
-from align.scoring import AnswerLogps, answer_logps, pair_rewards
+from align.rollout.scoring import AnswerLogps, answer_logps, pair_rewards
 
 Rows = list[dict[str, Any]]
 LIKE_LENGTH = 0.2  # replies whose lengths differ by less than this share of the longer one are of like length

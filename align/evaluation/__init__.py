@@ -1,0 +1,1 @@
+"""Held-out numbers with their intervals, and the metrics of generated text."""

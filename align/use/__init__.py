@@ -1,0 +1,1 @@
+"""Checkpoints in use from the command line: names resolved, models opened, rows read."""
