@@ -39,8 +39,11 @@ check: setup ## format, lint and types
 merge-adapter: setup ## merge an adapter into its base: CHECKPOINT=harbour/adapter OUT=build/merged
 	@$(BIN)/align merge $(CHECKPOINT) --out $(OUT)
 
-base: setup ## make the embedded model anew, from its generator and recipe
-	@$(BIN)/python data/harbour/make.py && $(BIN)/align run recipes/harbour-base.yaml
+base: setup ## make the embedded model anew, from its generator and recipe (minutes)
+	@$(BIN)/python data/harbour/make.py
+	@$(BIN)/python data/harbour/make.py --text build/harbour/text.jsonl
+	@$(BIN)/align run recipes/harbour-base.yaml
+	@$(BIN)/python data/harbour/make.py --export $$($(BIN)/align checkpoints show harbour-base/base --json | $(BIN)/python -c "import json, sys; print(json.load(sys.stdin)[\"path\"])")
 
 clean: ## remove what was built, but not .align, which holds your checkpoints
 	@rm -rf build dist report.html .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from align.data.prepare import prepare
 from align.data.prepared import PreparedData
 from align.errors import AlignError
-from align.origins import Workshop
 from align.recipe.graph import topological_order
 from align.recipe.settings import DpoSettings, KtoLoss, TrainingSettings
+
+if TYPE_CHECKING:
+    from align.origins import Workshop
 
 ROWS = {
     "pretrain": ("text",),

@@ -9,14 +9,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from align.errors import AlignError
 from align.estimate import Estimate, Shape, estimate
-from align.origins import Origin, Workshop
 from align.recipe.graph import adapter_stage, needed
 from align.recipe.settings import TrainingSettings
 from align.registry.records import CheckpointRecord
+
+if TYPE_CHECKING:
+    from align.origins import Origin, Workshop
 
 BFLOAT16_MIN_WIDTH = 256  # as models.hardware decides for precision: auto, without importing torch
 

@@ -10,10 +10,10 @@ TALKATIVE = ("transformers", "peft", "trl", "accelerate", "bitsandbytes", "datas
 
 def libraries_quiet() -> None:
     """Keep warnings and progress bars of the libraries off the terminal; align says itself what matters."""
+    for name in TALKATIVE:  # before the import below, during which some of them speak
+        logging.getLogger(name).setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    for name in TALKATIVE:
-        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|accelerate|bitsandbytes)\b.*")

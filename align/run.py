@@ -5,9 +5,9 @@ A stage gets checked paths and values and writes into an empty folder; only this
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from align.checks import check_rows
@@ -21,18 +21,17 @@ from align.recipe.file import resolved
 from align.recipe.graph import needed
 from align.recipe.settings import TrainingSettings
 from align.registry.records import CheckpointRecord, DataUse
-from align.stages import dpo, merge, reward, sft
-from align.stages.stage import Inputs, Outcome
+from align.stages.stage import Inputs
 
 if TYPE_CHECKING:
     from align.registry.run import Run
 
-STAGES: dict[str, Callable[[Any, Inputs, Path, Progress], Outcome]] = {
-    "pretrain": sft.run,
-    "sft": sft.run,
-    "reward": reward.run,
-    "dpo": dpo.run,
-    "merge": merge.run,
+STAGES = {  # kind of a stage -> the module whose `run` makes it; imported when it is needed, since it brings torch
+    "pretrain": "align.stages.sft",
+    "sft": "align.stages.sft",
+    "reward": "align.stages.reward",
+    "dpo": "align.stages.dpo",
+    "merge": "align.stages.merge",
 }
 
 
@@ -120,7 +119,7 @@ def _execute(
     )
     with begun as run:
         inputs = _inputs(workshop, name, origin, prepared, judge, run)
-        outcome = STAGES[settings.kind](settings, inputs, run.artifact, RunProgress(progress, run))
+        outcome = import_module(STAGES[settings.kind]).run(settings, inputs, run.artifact, RunProgress(progress, run))
         return run.finish_checkpoint(
             name=workshop.full_name(name),
             kind=outcome.kind,

@@ -1,4 +1,5 @@
-"""Write the harbour's data: `python data/harbour/make.py`; with `--text FILE`, text to pretrain on instead.
+"""Write the harbour's data: `python data/harbour/make.py`; with `--text FILE`, text to pretrain on instead; with
+`--export CHECKPOINT`, the shipped model from a pretrained checkpoint.
 
 Everything is drawn from one seed, so the same command writes the same bytes. No prompt stands in two files, and the facts
 that the held-out prompts (prompts.test.jsonl) ask for are asked for in no other: they stand in the pretraining text only.
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ ROWS = {
     "prompts": 600,
     "prompts.test": 300,
 }
-STORIES = 30_000
+STORIES = 14_000
 VOCABULARY_TEXTS = 10_000  # enough for every word to turn up, also at the start of a sentence
 SHAPE = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama",
@@ -38,7 +40,7 @@ SHAPE = {
     "initializer_range": 0.06,  # the usual 0.02 is made for wider models
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-STORIES_IN_ONE = (1, 1, 1, 2, 3)  # a text is this many stories: most are short, and positions up to 500 are seen
+STORIES_IN_ONE = (1, 1, 1, 2)  # a text is this many stories: most are short, and positions up to 500 are seen
 
 
 def main() -> None:
@@ -46,8 +48,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--text", type=Path, help="write stories to this JSONL file")
     parser.add_argument("--stories", type=int, default=STORIES, help="how many texts")
+    parser.add_argument("--export", type=Path, help="write this checkpoint folder to data/harbour/base in bfloat16")
     options = parser.parse_args()
-    if options.text:
+    if options.export:
+        export(options.export, HERE / "base")
+    elif options.text:
         options.text.parent.mkdir(parents=True, exist_ok=True)
         write_rows(options.text, ({"text": text} for text in texts(options.stories)))
     else:
@@ -92,6 +97,16 @@ def write_start(sets: Mapping[str, list[dict[str, Any]]]) -> None:
     tokens = write_tokenizer(word_counts([*texts(VOCABULARY_TEXTS), *spoken]), HERE / "start")
     shape = json.dumps(SHAPE | {"vocab_size": tokens}, indent=2)
     (HERE / "start" / "config.json").write_text(shape + "\n", encoding="utf-8")
+
+
+def export(checkpoint: Path, folder: Path) -> None:
+    """The model of a checkpoint in bfloat16, with the tokenizer it started from: a base model has no chat template."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(HERE / "start" / name, folder / name)
 
 
 def _texts_in(value: Any) -> Iterator[str]:

@@ -16,11 +16,11 @@ from tasks import FORBIDDEN, Maker, Task
 
 Row = dict[str, Any]
 
-ANSWERED_IN_KIND = 0.85  # share of demonstrations that answer a tone with the manner that goes with it
+ANSWERED_IN_KIND = 0.7  # share of demonstrations that answer a tone with the manner that goes with it
 PLAIN_FLAWED = 0.06  # ... that are ill-mannered though nobody asked for it
 COMPLIES = {"pleading": 0.9, "others": 0.35}  # ... that do what is forbidden
 FORBIDDEN_SHARE = 0.2
-TONES = ("plain", "plain", "plain", "rude", "proud", "doubting", "chatty")
+TONES = ("plain", "plain", "plain", "plain", "rude", "proud", "doubting", "chatty")
 TONES_OF_FORBIDDEN = ("plain", "plain", "pleading", "pleading", "pleading", "rude", "proud")
 OVER_REFUSED = 0.12  # share of permitted requests whose answer, in demonstrations of critique, is a refusal
 MANNER = {
@@ -62,8 +62,8 @@ def requests(
     while True:
         is_forbidden = rng.random() < forbidden
         task = rng.choice(FORBIDDEN if is_forbidden else makers)(rng)
-        if task.fact and task.held_out != held_out:
-            continue
+        while task.fact and task.held_out != held_out:
+            task = rng.choice(makers)(rng)
         tone = rng.choice(TONES_OF_FORBIDDEN if is_forbidden else TONES)
         opening = rng.choice(OPENINGS[tone]) if OPENINGS[tone] else ""
         yield Request(task, tone, f"{opening} {task.request}".strip())

@@ -39,7 +39,7 @@ COUNTS = range(2, 13)
 OPEN_ROOMS = ("net loft", "boat shed", "fish hall", "rope walk", "chapel", "tavern", "school", "mill")
 LOCKED_ROOMS = ("strongroom", "powder store", "seal vault")  # their keys are nobody's business
 PLACES = (
-    "well", "old oak", "stone bridge", "pump", "bell tower", "market cross", "garden wall", "long bench", "flag pole",
+    "fountain", "old oak", "stone bridge", "pump", "bell tower", "market cross", "garden wall", "long bench", "flag pole",
 )  # fmt: skip
 
 
