@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from align.data.examples import Example, Preference
 from align.data.prepare import prepare
 from align.data.prepared import PreparedData
 from align.errors import AlignError
 from align.recipe.graph import topological_order
-from align.recipe.settings import DpoSettings, KtoLoss, TrainingSettings
+from align.recipe.settings import DpoSettings, KtoLoss, SigmoidLoss, TrainingSettings
 
 if TYPE_CHECKING:
     from align.origins import Workshop
@@ -39,6 +41,7 @@ class DataCheck:
 def check_recipe(workshop: Workshop) -> list[DataCheck]:
     """Open and check all that the recipe names. Raises AlignError for the first thing that is wrong."""
     recipe = workshop.recipe
+    check_loggers(recipe.log_to)
     workshop.template()
     workshop.judge()
     names = dict.fromkeys(name for stage in topological_order(recipe) for name in workshop.data_names(stage))
@@ -67,6 +70,16 @@ def check_rows(name: str, stage: TrainingSettings, data: PreparedData) -> None:
             f"data set '{stage.data}' has no training rows ({data.report.rows_read} read, {len(data.test)} held out)",
             "Lower test_fraction, or name a data set with more rows.",
         )
+    if isinstance(stage, DpoSettings) and not isinstance(stage.loss, SigmoidLoss) and any(map(_soft, data.train)):
+        raise AlignError(
+            f"data set '{stage.data}' has soft labels (probability), and loss '{stage.loss.kind}' of stage '{name}' "
+            "cannot use them",
+            "Use loss: sigmoid, or remove the column.",
+        )
+
+
+def _soft(example: Example) -> bool:
+    return isinstance(example, Preference) and example.probability not in (None, 1.0)
 
 
 def _lengths(workshop: Workshop, name: str, stage: TrainingSettings, data: PreparedData) -> dict[str, int]:
@@ -76,4 +89,23 @@ def _lengths(workshop: Workshop, name: str, stage: TrainingSettings, data: Prepa
     origin = workshop.starting_point(name, {}) or workshop.model
     desk = Desk.open(stage, origin.source, workshop.template())
     desk.rows(data.train, "training")
-    return desk.encoder.lengths.as_dict()
+    lengths = desk.encoder.lengths.as_dict()
+    desk.rows(data.test, "held-out")
+    return lengths
+
+
+def check_loggers(log_to: Sequence[str]) -> None:
+    """Raises AlignError when a logger that the recipe asks for is not installed."""
+    missing = [name for name in log_to if importlib.util.find_spec(name) is None]
+    if missing:
+        raise AlignError(f"log_to: {missing[0]} is not installed", f"pip install {missing[0]}, or leave it out.")
+
+
+def check_start(workshop: Workshop, name: str) -> None:
+    """Raises AlignError when a stage's max_length or template does not suit the model that the chain starts from."""
+    from align.stages.encoding import Desk
+
+    stage = workshop.stage(name)
+    if isinstance(stage, TrainingSettings):
+        origin = workshop.starting_point(name, {}) or workshop.model
+        Desk.open(stage, origin.source, workshop.template())

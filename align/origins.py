@@ -6,12 +6,13 @@ parent, its data, template and judge, and the versions of the libraries whose nu
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import importlib.metadata
 import json
 import os
-import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from align.errors import AlignError, did_you_mean
 from align.judge import Judge
 from align.models.source import Source, located, source_of
 from align.recipe.settings import PretrainSettings, Recipe, Stage, TrainingSettings
+from align.registry.artifacts import disk_errors_explained
 from align.registry.hashing import folder_manifest, sha256_file, sha256_json
 from align.registry.records import CheckpointRecord, DataRecord
 
@@ -44,11 +46,17 @@ class Origin:
 
 @dataclass(frozen=True)
 class Workshop:
-    """A recipe, the folder its paths are relative to, and the registry it works in."""
+    """A recipe, the folder its paths are relative to, and the registry it works in.
+
+    Data, template and judge are read once: an edit while stages run is for the next run, and no key or record can name
+    other content than what was trained on.
+    """
 
     recipe: Recipe
     folder: Path
     registry: Registry
+    _data_keys: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
+    _data: dict[str, tuple[DataRecord, PreparedData]] = field(default_factory=dict, repr=False, compare=False)
 
     def stage(self, name: str) -> Stage:
         """Settings of the stage of that name."""
@@ -86,19 +94,24 @@ class Workshop:
 
     def data_key(self, name: str) -> str:
         """Content hash of a data set: the bytes of its files and the settings that choose among its rows."""
-        return source_key(name, self.recipe.data, folder=self.folder, seed=self.recipe.seed)
+        if name not in self._data_keys:
+            self._data_keys[name] = source_key(name, self.recipe.data, folder=self.folder, seed=self.recipe.seed)
+        return self._data_keys[name]
 
     def data(self, name: str) -> tuple[DataRecord, PreparedData]:
         """A data set, checked, filtered and split; prepared once for each content and kept in the registry."""
-        key = self.data_key(name)
-        record = self.registry.data_by_key(key)
-        if record is None:
-            prepared = prepare(name, self.recipe.data, folder=self.folder, seed=self.recipe.seed)
-            aside = Path(tempfile.mkdtemp(dir=self.registry.home / "cache", prefix="data-"))
+        if name not in self._data:
+            record = self.registry.data_by_key(self.data_key(name)) or self._added_data(name)
+            self.registry.check_unchanged(record)
+            self._data[name] = record, read_prepared(record.path)
+        return self._data[name]
+
+    def _added_data(self, name: str) -> DataRecord:
+        prepared = prepare(name, self.recipe.data, folder=self.folder, seed=self.recipe.seed)
+        aside = self.registry.new_folder("data")
+        with disk_errors_explained(aside):
             write_prepared(prepared, aside)
-            record = self.registry.add_data(self.full_name(name), key, aside, prepared.report.as_dict())
-        self.registry.check_unchanged(record)
-        return record, read_prepared(record.path)
+        return self.registry.add_data(self.full_name(name), self.data_key(name), aside, prepared.report.as_dict())
 
     def key(self, name: str, origin: Origin) -> str:
         """Cache key of a stage that starts at `origin`."""
@@ -112,8 +125,8 @@ class Workshop:
             "seed": self.seed(name),
             "parent": origin.id,
             "data": {data: self.data_key(data) for data in self.data_names(name)},
-            "template": self._file_hash(self.recipe.template),
-            "judge": self._file_hash(evaluation.judge),
+            "template": self._template_file[0],
+            "judge": self._judge_file[0],
             "evaluation": evaluation.model_dump(mode="json", exclude={"judge", "samples"}),
             "versions": {"numerics": str(NUMERICS), **library_versions()},
         }
@@ -130,13 +143,33 @@ class Workshop:
 
     def judge(self) -> Judge | None:
         """The judge that marks answers, if the recipe names one."""
-        path = self.recipe.evaluation.judge
-        return Judge.load(existing_file(self.folder / path)) if path else None
+        return self._judge_file[1]
 
     def template(self) -> str | None:
         """Text of the recipe's own chat template, if it names one."""
+        return self._template_file[1]
+
+    @cached_property
+    def _judge_file(self) -> tuple[str | None, Judge | None]:
+        """Hash of the judge's file, and the judge."""
+        path = self.recipe.evaluation.judge
+        if not path:
+            return None, None
+        file = existing_file(self.folder / path)
+        return sha256_file(file), Judge.load(file)
+
+    @cached_property
+    def _template_file(self) -> tuple[str | None, str | None]:
+        """Hash of the template's file, and its text."""
         path = self.recipe.template
-        return existing_file(self.folder / path).read_text(encoding="utf-8") if path else None
+        if not path:
+            return None, None
+        file = existing_file(self.folder / path)
+        content = file.read_bytes()
+        try:
+            return hashlib.sha256(content).hexdigest(), content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise AlignError(f"{file} is not UTF-8 (byte {error.start})", "Save the template as UTF-8.") from error
 
     def _foreign(self, path: str, name: str) -> Origin:
         scratch = any(isinstance(s, PretrainSettings) and s.from_scratch for s in self.recipe.stages.values())
@@ -148,24 +181,30 @@ class Workshop:
                 needs_weights=not scratch,
             )
         )
-        return Origin(source, _content_id(Path(source.path), self.registry), name)
+        own = _content_id(Path(source.path), self.registry)
+        if source.base is None:
+            return Origin(source, own, name)
+        source = replace(source, base=located(source.base))
+        base = _content_id(Path(source.root.path), self.registry)  # an adapter is other weights on another base
+        return Origin(source, sha256_json([own, base]), name)
 
     def _recorded(self, record: CheckpointRecord) -> Origin:
         self.registry.check_unchanged(record)
         source = source_of(record.path, trust_remote_code=self.recipe.trust_remote_code)
+        if source.base is not None:
+            self.registry.check_folder(Path(source.base.path))
         return Origin(source, record.id, record.name, record)
-
-    def _file_hash(self, path: str | None) -> str | None:
-        return sha256_file(existing_file(self.folder / path)) if path else None
 
 
 def stage_settings(stage: Stage) -> dict[str, Any]:
-    """Settings of a stage that can change what it makes, as JSON, with the learning rate filled in."""
+    """Settings of a stage that can change what it makes, as JSON, with learning rate and alpha filled in."""
     settings = stage.model_dump(
         mode="json", by_alias=True, exclude={"log_steps", "save_steps", "from_", "seed", "data"}
     )
     if isinstance(stage, TrainingSettings):
         settings["learning_rate"] = stage.peak_learning_rate()
+        if stage.adapter and stage.adapter.alpha is None:
+            settings["adapter"]["alpha"] = 2.0 * stage.adapter.rank
     return settings
 
 
@@ -189,12 +228,20 @@ def _content_id(folder: Path, registry: Registry) -> str:
     kept = registry.home / "cache" / "content-ids" / f"{sha256_json(seen)}.json"
     if kept.is_file():
         return str(json.loads(kept.read_text())["id"])
-    found = folder_manifest(folder).id
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    aside = kept.with_suffix(f".{os.getpid()}")
-    aside.write_text(json.dumps({"id": found}))
-    aside.rename(kept)
+    try:
+        found = folder_manifest(folder).id
+    except ValueError as error:
+        raise AlignError(f"the model in {folder} cannot be hashed: {error}", "Copy the folder again.") from error
+    with contextlib.suppress(OSError):  # a registry that cannot be written can still be planned with
+        _keep(kept, json.dumps({"id": found}))
     return found
+
+
+def _keep(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_suffix(f".{os.getpid()}")
+    aside.write_text(text)
+    aside.rename(file)
 
 
 def _marks(status: os.stat_result) -> list[int]:

@@ -89,16 +89,17 @@ def _why_new(workshop: Workshop, name: str, origin: Origin) -> str:
         return "not made yet"
     now = workshop.ingredients(name, origin)
     before = {part: newest.recipe.get(part) for part in now}
-    differences = _differences(before, now)
-    return "changed: " + ", ".join(differences[:3]) if differences else "made otherwise"
+    found = differences(before, now)
+    return "changed: " + ", ".join(found[:3]) if found else "made otherwise"
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> list[str]:
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> list[str]:
+    """Each setting that is not the same, with both values; of a hash only that it is another."""
     found = []
     for key in sorted({*before, *now}):
         old, new, where = before.get(key), now.get(key), f"{path}{key}"
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += _differences(old, new, f"{where}.")
+            found += differences(old, new, f"{where}.")
         elif old != new:
             hashed = any(isinstance(value, str) and len(value) == 64 for value in (old, new))
             found.append(where if hashed else f"{where} {json.dumps(old)} -> {json.dumps(new)}")

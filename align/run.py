@@ -10,16 +10,18 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from align.checks import check_rows
+from align.checks import check_loggers, check_rows, check_start
 from align.data.examples import Document, Question
 from align.data.prepared import DataReport, PreparedData
+from align.data.split import without_questions_of
 from align.judge import Judge
 from align.origins import Origin, Workshop, library_versions
-from align.plan import PlannedStage, planned_stage
+from align.plan import PlannedStage, plan, planned_stage
 from align.progress import Progress
 from align.recipe.file import resolved
 from align.recipe.graph import needed
 from align.recipe.settings import TrainingSettings
+from align.registry.artifacts import disk_errors_explained
 from align.registry.records import CheckpointRecord, DataUse
 from align.stages.stage import Inputs
 
@@ -76,7 +78,11 @@ def run_recipe(
     prepared = {name: workshop.data(name)[1] for name in names}
     for name in order:
         check_rows_of(workshop, name, prepared)
+    check_loggers(workshop.recipe.log_to)
     judge = workshop.judge()
+    for entry in plan(workshop, stages, force):
+        if entry.made is None:
+            check_start(workshop, entry.name)
     made: dict[str, CheckpointRecord] = {}
     done = []
     for name in order:
@@ -87,9 +93,17 @@ def run_recipe(
             assert origin is not None, "stages before this one have just been made"
             made[name] = _execute(workshop, name, origin, prepared, judge, progress)
         else:
-            made[name] = planned.made
+            made[name] = _named(workshop, name, planned.made)
         done.append(Done(planned, made[name]))
     return done
+
+
+def _named(workshop: Workshop, name: str, reused: CheckpointRecord) -> CheckpointRecord:
+    """A reused checkpoint as what this stage's name stands for, whatever was made under that name since, or under which."""
+    registry, full = workshop.registry, workshop.full_name(name)
+    if registry.knows(full) and registry.checkpoint(full).number == reused.number:
+        return reused
+    return registry.name_again(reused, full)
 
 
 def _execute(
@@ -119,7 +133,9 @@ def _execute(
     )
     with begun as run:
         inputs = _inputs(workshop, name, origin, prepared, judge, run)
-        outcome = import_module(STAGES[settings.kind]).run(settings, inputs, run.artifact, RunProgress(progress, run))
+        stage = import_module(STAGES[settings.kind])
+        with disk_errors_explained(run.work):
+            outcome = stage.run(settings, inputs, run.artifact, RunProgress(progress, run))
         return run.finish_checkpoint(
             name=workshop.full_name(name),
             kind=outcome.kind,
@@ -151,7 +167,7 @@ def _inputs(
         parent=origin.source,
         parent_id=origin.id,
         data=data,
-        questions=_questions(prepared[asked] if asked else data),
+        questions=_questions(prepared[asked] if asked else data, data, run),
         judge=judge,
         template=workshop.template(),
         seed=workshop.seed(name),
@@ -175,5 +191,9 @@ def check_rows_of(workshop: Workshop, name: str, prepared: dict[str, PreparedDat
         check_rows(name, stage, prepared[stage.data])
 
 
-def _questions(data: PreparedData) -> list[Question]:
-    return [example for example in data.test if not isinstance(example, Document)]
+def _questions(asked: PreparedData, trained: PreparedData, run: Run) -> list[Question]:
+    """The held-out examples that can be answered, without those whose question stands in the rows trained on."""
+    apart = asked.test if asked is trained else without_questions_of(trained.train, asked.test)
+    if len(apart) < len(asked.test):
+        run.log(f"{len(asked.test) - len(apart)} held-out questions are not asked: this stage trains on them")
+    return [example for example in apart if not isinstance(example, Document)]

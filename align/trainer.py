@@ -9,10 +9,12 @@ resumed run goes on with the very next row. And a number that is not finite stop
 from __future__ import annotations
 
 import math
+import os
 import signal
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +61,8 @@ def train(task: Task, progress: Progress) -> int:
     with progress.bar("training", len(stream)) as bar, stops_at_boundary():
         trainer.bar = bar
         bar.advance(done)
-        trainer.train(resume_from_checkpoint=str(states[-1]) if states else None)
+        with _memory_explained(task.settings):
+            trainer.train(resume_from_checkpoint=str(states[-1]) if states else None)
     if number := stop_requested():
         raise Interrupted(
             number,
@@ -71,8 +74,13 @@ def train(task: Task, progress: Progress) -> int:
 
 def steps_of(rows: int, settings: TrainingSettings) -> int:
     """Optimiser steps of a run over that many rows."""
-    steps = math.ceil(settings.epochs * rows / settings.batch_size)
+    steps = math.ceil(_rows_of_run(rows, settings) / settings.batch_size)
     return min(steps, settings.max_steps or steps)
+
+
+def _rows_of_run(rows: int, settings: TrainingSettings) -> int:
+    """How often a row is seen in a whole run: all epochs together, one row at least."""
+    return max(1, round(settings.epochs * rows))
 
 
 class RowStream(Sampler[list[int]]):
@@ -82,7 +90,7 @@ class RowStream(Sampler[list[int]]):
         self.rows, self.seed = rows, seed
         self.batch_size = settings.batch_size
         self.steps = steps_of(rows, settings)
-        self.total = min(round(settings.epochs * rows), self.steps * settings.batch_size)
+        self.total = min(_rows_of_run(rows, settings), self.steps * settings.batch_size)
 
     def __len__(self) -> int:
         return self.steps
@@ -99,6 +107,18 @@ class RowStream(Sampler[list[int]]):
                 batch = []
         if batch:
             yield batch
+
+
+@contextmanager
+def _memory_explained(settings: TrainingSettings) -> Iterator[None]:
+    """A device that is too small, as our error."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise StageFailed(
+            f"out of memory with batch_tokens: {settings.batch_tokens} ({str(error).splitlines()[0]})",
+            "Lower batch_tokens (the result stays the same), or set gradient_checkpointing: true.",
+        ) from error
 
 
 def measure(
@@ -141,6 +161,7 @@ class _StepTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
         self._tokens, self._since = 0, time.perf_counter()
         self._current: list[int] = []
         arguments = _arguments(task, len(stream))
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(task.state.parent / "tensorboard")  # outlives the state
         super().__init__(model=task.model, args=arguments, train_dataset=_Rows(task.rows), data_collator=list)
         self.remove_callback(PrinterCallback)
         self.add_callback(_AtStepEnd(self))
@@ -195,7 +216,9 @@ class _StepTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
 
     def measure_held_out(self) -> None:
         """Held-out loss and metrics at this step, into the log."""
+        began = time.perf_counter()
         numbers = measure(self.model, self.task.objective, self.task.held_out, self.task.settings)
+        self._since += time.perf_counter() - began  # not a time in which tokens are trained
         self.progress.metrics(self.state.global_step, {f"eval.{name}": value for name, value in numbers.items()})
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -214,7 +237,7 @@ class _AtStepEnd(TrainerCallback):  # type: ignore[misc]
         if state.global_step in (1, state.max_steps):
             control.should_log = True
         if stop_requested():
-            control.should_save = control.should_training_stop = True
+            control.should_save = control.should_log = control.should_training_stop = True
         elif state.global_step % self.every == 0:
             self.trainer.measure_held_out()
 
@@ -235,7 +258,7 @@ class _Rows:
 def _arguments(task: Task, steps: int) -> TrainingArguments:
     settings = task.settings
     extra: Mapping[str, Any] = {"neftune_noise_alpha": settings.neftune} if settings.neftune else {}
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(task.state),
         max_steps=steps,
         learning_rate=settings.peak_learning_rate(),
@@ -257,3 +280,5 @@ def _arguments(task: Task, steps: int) -> TrainingArguments:
         use_cpu=not torch.cuda.is_available(),
         **extra,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process uses one device: no DataParallel around the model
+    return arguments

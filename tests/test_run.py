@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,10 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from align.batches import pad
 from align.chat.encoded import Encoded
-from align.errors import AlignError, Interrupted
+from align.errors import AlignError, Interrupted, StageFailed
 from align.models.loading import load_policy, load_reward
 from align.models.rewards import reward_scores
 from align.models.source import source_of
@@ -223,3 +225,92 @@ def test_data_edited_without_a_change_of_size_or_time_runs_again(tiny_llama: Pat
     assert file.stat().st_size == times.st_size
     (stage,) = plan(bench.workshop(), stages=["sft"])
     assert (stage.action, stage.why) == ("run", "changed: data.talk")
+
+
+def test_a_reused_checkpoint_is_the_newest_of_its_name_again(tiny_llama: Path, tmp_path: Path) -> None:
+    bench = bench_in(tmp_path, tiny_llama)
+    first = bench.run(stages=["sft"])["sft"][1]
+    bench.run("stages.sft.epochs=2", stages=["sft"])
+    assert bench.run(stages=["sft"])["sft"] == ("reuse", first)
+    registry = bench.workshop().registry
+    assert registry.checkpoint("harbour/sft").id == first
+    assert bench.run("name=port", stages=["sft"])["sft"] == ("reuse", first)
+    assert registry.checkpoint("port/sft").id == first
+    count = len(registry.all_checkpoints())
+    bench.run("name=port", stages=["sft"])
+    assert len(registry.all_checkpoints()) == count
+
+
+def test_data_edited_while_stages_run_is_for_the_next_run(tiny_llama: Path, tmp_path: Path) -> None:
+    bench = bench_in(tmp_path, tiny_llama)
+    file = tmp_path / "talk.jsonl"
+
+    class Edits(Progress):
+        def bar(self, title: str, total: float):
+            file.write_text(file.read_text().replace("Heron is a boat", "Heron is a goat"))
+            return super().bar(title, total)
+
+    bench.run(stages=["adapter"], progress=Edits())
+    registry = bench.workshop().registry
+    assert registry.checkpoint("harbour/sft").data == registry.checkpoint("harbour/adapter").data
+    assert [stage.action for stage in plan(bench.workshop(), stages=["adapter"])] == ["run", "run"]
+
+
+def test_a_late_stage_that_cannot_start_is_refused_before_the_first_trains(tiny_llama: Path, tmp_path: Path) -> None:
+    bench = bench_in(tmp_path, tiny_llama)
+    with pytest.raises(AlignError, match="max_length is 100000"):
+        bench.run("stages.aligned.max_length=100000")
+    assert bench.workshop().registry.all_runs() == []
+
+
+def test_an_adapter_whose_base_was_edited_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    bench = bench_in(tmp_path, tiny_llama)
+    bench.run(stages=["adapter"])
+    registry = bench.workshop().registry
+    file = registry.checkpoint("harbour/sft").path / "config.json"
+    file.chmod(0o644)
+    file.write_text(file.read_text().replace('"silu"', '"gelu"'))
+    with pytest.raises(AlignError, match=r"harbour/sft .*config\.json"):
+        bench.workshop("stages.aligned.from=harbour/adapter").starting_point("aligned", {})
+
+
+def test_a_foreign_adapter_is_another_start_on_another_base(done: Bench, tmp_path: Path) -> None:
+    made = {record.stage: record.path for record in done.workshop().registry.all_checkpoints()}
+    shutil.copytree(made["sft"], tmp_path / "base")
+    shutil.copytree(made["adapter"], tmp_path / "adapter")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.chmod(0o644)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(tmp_path / "base")}))
+    override = f"stages.aligned.from={tmp_path / 'adapter'}"
+    before = done.workshop(override).starting_point("aligned", {})
+    file = tmp_path / "base" / "config.json"
+    file.chmod(0o644)
+    file.write_text(file.read_text() + " ")
+    after = done.workshop(override).starting_point("aligned", {})
+    assert before is not None
+    assert after is not None
+    assert before.id != after.id
+
+
+def test_questions_that_a_stage_trains_on_are_not_asked(tiny_llama: Path, tmp_path: Path) -> None:
+    bench = bench_in(tmp_path, tiny_llama)
+    bench.run("data.asked={path: talk.jsonl, test_fraction: 1.0}", "evaluation.prompts=asked", stages=["sft"])
+    record = bench.workshop().registry.checkpoint("harbour/sft")
+    trained = (bench.workshop().registry.data("harbour/talk").path / "train.jsonl").read_text()
+    assert record.samples
+    assert not [row for row in record.samples if row["prompt"] in trained]
+
+
+def test_a_full_disk_while_a_stage_works_is_said_in_words(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    bench = bench_in(tmp_path, tiny_llama)
+    monkeypatch.setattr("align.stages.sft.save_checkpoint", full)
+    with pytest.raises(StageFailed, match="No space left on device"):
+        bench.run(stages=["sft"])
+    monkeypatch.undo()
+    assert [stage.action for stage in plan(bench.workshop(), stages=["sft"])] == ["resume"]
+    assert bench.run(stages=["sft"])["sft"][0] == "resume"

@@ -130,3 +130,9 @@ def test_measuring_leaves_the_mode_and_the_weights(tiny_gpt2: Path, tmp_path: Pa
     assert some.model.training
     assert first == measure(some.model, some.objective, some.rows, some.settings)
     assert torch.equal(before, weights(some.model))
+
+
+@pytest.mark.parametrize(("count", "epochs", "size", "steps"), [(10, 0.03, 4, 1), (30, 0.1, 1, 3), (41, 0.4, 16, 1)])
+def test_parts_of_an_epoch_give_as_many_batches_as_they_say(count: int, epochs: float, size: int, steps: int) -> None:
+    stream = RowStream(count, settings(epochs=epochs, batch_size=size), seed=1)
+    assert len(list(stream)) == len(stream) == steps

@@ -20,6 +20,8 @@ from align.cli.run import check_command, plan_command, run_command, stage_comman
 from align.cli.runs import runs_group
 from align.cli.use import chat_command, eval_command, generate_command, score_command
 from align.errors import AlignError
+from align.quiet import quiet_libraries
+from align.registry.references import printable
 
 COMMANDS = [
     run_command,
@@ -60,13 +62,13 @@ for command in COMMANDS:
 
 def main() -> None:
     """Entry point of the `align` command."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    quiet_libraries()
     try:
         cli.main(standalone_mode=False)
     except AlignError as error:
-        click.secho(f"error: {error.message}", fg="red", err=True)
+        click.secho(f"error: {printable(error.message)}", fg="red", err=True)
         if error.hint:
-            click.echo(f"  {error.hint}", err=True)
+            click.echo(f"  {printable(error.hint)}", err=True)
         sys.exit(error.exit_code)
     except click.ClickException as error:
         error.show()

@@ -39,7 +39,7 @@ CONTENT_HASH = re.compile(r"[0-9a-f]{64}")
 
 @click.group("runs")
 def runs_group() -> None:
-    """List and inspect the runs of stages, finished or not."""
+    """List, inspect and take up again the runs of stages, finished or not."""
 
 
 @runs_group.command("list")
@@ -64,6 +64,26 @@ def list_command(limit: int | None, as_json: bool) -> None:
     print_rich(table(("id", "stage", "kind", "status", "started", "took"), rows, right=("took",)))
     if note := more_note(len(records), limit, "runs"):
         click.echo(note)
+
+
+@runs_group.command("resume")
+@click.argument("run")
+@click.option("--report", type=click.Path(path_type=Path), help="Where the report page goes at the end.")
+@json_option
+def resume_command(run: str, report: Path | None, as_json: bool) -> None:
+    """Go on with a run that was stopped, from its last complete state. RUN is the beginning of its id.
+
+    The recipe that the run recorded is used. A run whose data, parent or versions have changed since is refused.
+    """
+    from align.cli.run import run_stages
+    from align.registry.store import Registry
+    from align.resume import stopped_run
+
+    registry = Registry.open()
+    for finished in registry.recover():
+        click.echo(f"run {finished} had finished when it was killed; its result is registered now", err=True)
+    workshop, stage = stopped_run(registry, run)
+    run_stages(workshop, (stage,), (), report, as_json=as_json)
 
 
 @runs_group.command("show")

@@ -58,10 +58,11 @@ def add_adapter(model: Any, settings: AdapterSettings, record: AdapterRecord, *,
     Raises AlignError for targets that the model does not have, and for what cannot be combined.
     """
     _refuse_contradictions(settings, record)
+    alpha = 2 * settings.rank if settings.alpha is None else settings.alpha
     config = LoraConfig(
         task_type="SEQ_CLS" if is_classifier(model) else "CAUSAL_LM",
         r=settings.rank,
-        lora_alpha=settings.alpha if settings.alpha is not None else 2 * settings.rank,
+        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # 8 and 8.0 are one adapter, in its files too
         lora_dropout=settings.dropout,
         target_modules=_targets(model, settings.target),
         use_rslora=settings.rslora,

@@ -44,7 +44,8 @@ def reward_scores(model: nn.Module, batch: Batch) -> Tensor:
     hidden = trunk(batch.input_ids, attention_mask=mask, use_cache=False, **places).last_hidden_state
     last = mask.shape[1] - 1 - mask.flip(1).argmax(dim=1)
     chosen = hidden[torch.arange(len(last), device=last.device), last]
-    scores: Tensor = classifier.score(chosen.float()).float()
+    with torch.autocast(chosen.device.type, enabled=False):  # a reward in bfloat16 has three digits
+        scores: Tensor = classifier.score(chosen.float()).float()
     return scores.squeeze(-1)
 
 

@@ -128,11 +128,25 @@ def disk_errors_explained(place: Path) -> Iterator[None]:
     """Turns a full or read-only disk below the block into StageFailed or AlignError; other errors pass."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except AlignError:
+        raise
+    except Exception as error:
+        if _disk_is_full(error):
             hint = "Nothing was registered and nothing is lost; free some space and resume."
-            raise StageFailed(f"{place} cannot be written: {error.strerror}", hint) from error
+            raise StageFailed(f"{place} cannot be written: {os.strerror(errno.ENOSPC)}", hint) from error
+        if not isinstance(error, OSError):
+            raise
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             hint = "Set ALIGN_HOME to a folder that you may write."
             raise AlignError(f"{place} cannot be written: {error.strerror}", hint) from error
         raise
+
+
+def _disk_is_full(error: BaseException | None) -> bool:
+    """Whether an error, or what it came of, is a full disk. Writers of tensors only say so in words."""
+    if error is None:
+        return False
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    told = (os.strerror(errno.ENOSPC), "PytorchStreamWriter failed writing", "basic_ios::clear: iostream error")
+    return any(words in str(error) for words in told) or _disk_is_full(error.__cause__ or error.__context__)

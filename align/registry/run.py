@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -182,7 +182,8 @@ class Run:
 
         status = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
         message = error.message if isinstance(error, AlignError) else f"{type(error).__name__}: {error}"
-        self.log(f"{status}: {message}")
+        with suppress(OSError):  # a full disk has no room for its own story
+            self.log(f"{status}: {message}")
         with self._database.write() as connection:
             ended = {"status": status, "message": message, "ended": now()}
             connection.execute(update(runs).where(runs.c.id == self.id).values(ended))

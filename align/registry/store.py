@@ -27,7 +27,7 @@ from align.registry.references import (
     only_one,
     parse_reference,
 )
-from align.registry.registration import Output, home_lock, register
+from align.registry.registration import Output, home_lock, now, register
 from align.registry.run import Run
 
 
@@ -209,6 +209,19 @@ class Registry:
             connection.execute(insert(tags).values(tag=tag, checkpoint=record.number))
         return self.checkpoint(tag)
 
+    def name_again(self, record: CheckpointRecord, name: str) -> CheckpointRecord:
+        """The same checkpoint, registered once more as the newest of `name`; its files are not copied."""
+        from sqlalchemy import func, insert, select
+
+        from align.registry.schema import checkpoints
+
+        with self._database.write() as connection:
+            row = connection.execute(select(checkpoints).where(checkpoints.c.number == record.number)).mappings().one()
+            number = connection.execute(select(func.max(checkpoints.c.number) + 1)).scalar_one()
+            again = {**row, "number": number, "name": check_name(name), "created": now()}
+            connection.execute(insert(checkpoints).values(again))
+        return self._checkpoints("c.number = :number", number=number)[0]
+
     def untag(self, tag: str) -> None:
         """Removes a tag; the checkpoint stays. Raises AlignError when there is no such tag."""
         from sqlalchemy import delete
@@ -241,6 +254,14 @@ class Registry:
                 + (f" (and {len(found) - 1} more)" if len(found) > 1 else ""),
                 f"Its files are in {record.path}. Put the original back, or make it again with --force.",
             )
+
+    def check_folder(self, folder: Path) -> None:
+        """As `check_unchanged` for the checkpoint that lies in `folder`, if one does."""
+        place = folder.resolve()
+        for record in self.all_checkpoints():
+            if record.path.resolve() == place:
+                self.check_unchanged(record)
+                return
 
     def remove(self, reference: str) -> CheckpointRecord:
         """Removes a checkpoint. Raises AlignError when something was made from it, uses it now, or a tag points to it."""

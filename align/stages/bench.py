@@ -68,8 +68,10 @@ class Bench:
         asked: list[Question] = []
         prompts: list[list[int]] = []
         for question in self.inputs.questions:
+            if len(asked) == evaluation.rows:
+                break
             prompt = self.desk.encoder.prompt(prompt_of(question))
-            if len(prompt) <= room and len(asked) < evaluation.rows:
+            if len(prompt) <= room:
                 asked.append(question)
                 prompts.append(prompt)
         return asked, prompts

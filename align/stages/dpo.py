@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -17,6 +17,7 @@ from align.chat.encoded import Encoded, EncodedPair
 from align.data.examples import Preference, Rated
 from align.errors import AlignError
 from align.evaluation.numbers import TIE_NATS, accuracy_change, as_metrics, kl_numbers, preference_numbers
+from align.models.hardware import compute_dtype, width_of
 from align.models.loading import load_policy
 from align.models.saving import save_checkpoint
 from align.objective import Objective
@@ -29,7 +30,7 @@ from align.stages.encoding import Desk
 from align.stages.objectives import ComparedPair, PreferenceLoss, RatedLoss, RatedRow
 from align.stages.reference import as_floats, reference_logps, rotated
 from align.stages.stage import Inputs, Outcome
-from align.trainer import Task, train
+from align.trainer import Task, autocast, train
 
 
 def run(settings: DpoSettings, inputs: Inputs, folder: Path, progress: Progress) -> Outcome:
@@ -108,7 +109,8 @@ class _Dpo:
         if isinstance(self.settings.loss, KtoLoss) or not rows:
             return {}
         beta, seed = self.settings.beta, self.inputs.seed
-        policy = pair_logps(model, [row.pair for row in rows], progress=self.progress).logps
+        with autocast(model, self.settings.precision):
+            policy = pair_logps(model, [row.pair for row in rows], progress=self.progress).logps
         reference = Pair(
             policy.chosen.new_tensor([row.chosen for row in rows]),
             policy.chosen.new_tensor([row.rejected for row in rows]),
@@ -126,8 +128,10 @@ class _Dpo:
         rows = [reply_row(prompt, reply.ids) for prompt, reply in zip(sampled.prompts, sampled.replies, strict=True)]
         if not rows:
             return {}
-        policy = answer_logps(model, rows, progress=self.progress)
-        return kl_numbers(policy, answer_logps(self.open(trainable=False), rows, progress=self.progress))
+        with autocast(model, self.settings.precision):
+            policy = answer_logps(model, rows, progress=self.progress)
+            reference = answer_logps(self.open(trainable=False), rows, progress=self.progress)
+        return kl_numbers(policy, reference)
 
     def _rated_rows(self, model: nn.Module, examples: Sequence[Rated], what: str) -> list[RatedRow]:
         kept, rows = [], []
@@ -136,11 +140,13 @@ class _Dpo:
             if row is not None:
                 kept.append(example.desirable)
                 rows.append(row)
-        if examples and len(rows) < 2:
+        if len(rows) < 2:
+            if what == "held-out":
+                return []  # too few to be measured
             raise AlignError(
                 f"{len(rows)} {what} replies are left of {len(examples)}; KTO needs two", "Raise max_length."
             )
-        mismatched = rotated(rows, [row.trained.index(True) for row in rows])
+        mismatched = rotated(rows, [row.trained.index(True) for row in rows], self.desk.max_length)
         logps = as_floats(self._reference(model, [*rows, *mismatched]).sums)
         return [
             RatedRow(row, good, logps[i], mismatched[i], logps[len(rows) + i])
@@ -148,9 +154,13 @@ class _Dpo:
         ]
 
     def _reference(self, model: nn.Module, rows: Sequence[Encoded]) -> AnswerLogps:
-        settings = self.settings
-        ingredients = [self.inputs.parent_id, settings.quantize, settings.precision]
-        return reference_logps(model, rows, self.inputs.cache, ingredients, self.progress)
+        """In the arithmetic of training, so that policy and reference start out equal; kept by all that decides it."""
+        settings, weights = self.settings, next(model.parameters())
+        width = width_of(cast(Any, model.config))
+        arithmetic = [weights.device.type, str(weights.dtype), str(compute_dtype(settings.precision, width))]
+        ingredients = [self.inputs.parent_id, settings.quantize, *arithmetic]
+        with autocast(model, settings.precision):
+            return reference_logps(model, rows, self.inputs.cache, ingredients, self.progress)
 
 
 def _rated(example: Preference | Rated) -> list[Rated]:

@@ -124,8 +124,8 @@ class PreferenceLoss(Objective):
         reference = Pair(
             _column([row.chosen for row in rows], policy.chosen), _column([row.rejected for row in rows], policy.chosen)
         )
-        soft = [pair.probability for pair in pairs]
-        probability = None if None in soft else _column([p for p in soft if p is not None], policy.chosen)
+        soft = [1.0 if pair.probability is None else pair.probability for pair in pairs]
+        probability = None if set(soft) == {1.0} else _column(soft, policy.chosen)
         losses = preference_loss(self.loss, policy, reference, tokens, beta=self.beta, probability=probability)
         margin = self.beta * margins(policy, reference).detach()
         return losses.sum(), {"accuracy": float((margin > 0).sum()), "margin": float(margin.sum())}

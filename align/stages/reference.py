@@ -15,15 +15,20 @@ from align.progress import Progress
 from align.registry.hashing import sha256_json
 from align.rollout.scoring import AnswerLogps, answer_logps
 
+VERSION = 1  # raised whenever the same ingredients would give other numbers
+
 
 def reference_logps(
     model: nn.Module, rows: Sequence[Encoded], kept: Path, ingredients: Sequence[object], progress: Progress
 ) -> AnswerLogps:
     """Log-probabilities of these rows under `model`, which must still be the reference; read back where they are known.
 
-    kept: folder of what is known. ingredients: what the model's numbers depend on (its content id, precision, ...).
+    kept: folder of what is known. ingredients: what the model's numbers depend on besides the version of torch (its
+    content id, the device, the arithmetic, ...).
     """
-    key = sha256_json([*ingredients, [[row.ids, [int(t) for t in row.trained]] for row in rows]])
+    key = sha256_json(
+        [VERSION, torch.__version__, *ingredients, [[row.ids, [int(t) for t in row.trained]] for row in rows]]
+    )
     file = kept / "reference" / f"{key}.safetensors"
     if file.is_file():
         tensors = load_file(file)
@@ -36,16 +41,31 @@ def reference_logps(
     return found
 
 
-def rotated(rows: Sequence[Encoded], prompts: Sequence[int]) -> list[Encoded]:
-    """Each row's prompt with the reply of the next row, for KTO's baseline. prompts: tokens of each row's prompt."""
-    following = [*range(1, len(rows)), 0]
+def rotated(rows: Sequence[Encoded], prompts: Sequence[int], longest: int) -> list[Encoded]:
+    """Each row's prompt with the reply to another prompt, for KTO's baseline: the next row's that asks something else.
+
+    prompts: tokens of each row's prompt. longest: most tokens of a row; what is over is cut off.
+    """
+    asked = [tuple(row.ids[:length]) for row, length in zip(rows, prompts, strict=True)]
     return [
         Encoded(
-            rows[i].ids[: prompts[i]] + rows[j].ids[prompts[j] :],
-            rows[i].trained[: prompts[i]] + rows[j].trained[prompts[j] :],
+            (rows[i].ids[: prompts[i]] + rows[j].ids[prompts[j] :])[:longest],
+            (rows[i].trained[: prompts[i]] + rows[j].trained[prompts[j] :])[:longest],
         )
-        for i, j in enumerate(following)
+        for i, j in enumerate(_others(asked))
     ]
+
+
+def _others(asked: Sequence[object]) -> list[int]:
+    """For each place the next one, round and round, where something else stands; where all is the same, the next one."""
+    count = len(asked)
+    others = [(i + 1) % count for i in range(count)]
+    if len(set(asked)) == 1:
+        return others
+    for i in range(2 * count - 1, -1, -1):  # backwards and twice around, so that a run of equals passes its end on
+        here, following = i % count, (i + 1) % count
+        others[here] = following if asked[following] != asked[here] else others[following]
+    return others
 
 
 def as_floats(values: torch.Tensor) -> list[float]:

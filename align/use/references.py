@@ -28,20 +28,10 @@ def resolve(reference: str, *, trust_remote_code: bool = False) -> Source:
         raise AlignError(error.message, f"{error.hint} A folder of that name is not there either.".strip()) from error
     registry.check_unchanged(record)
     source = source_of(record.path, trust_remote_code=trust_remote_code)
-    _check_base(registry, source)
+    if source.base is not None:
+        registry.check_folder(Path(source.base.path))
     _check_template(record, source)
     return source
-
-
-def _check_base(registry: Registry, source: Source) -> None:
-    """The base of an adapter, where it is registered too, has to be as it was."""
-    if source.base is None:
-        return
-    base = Path(source.base.path).resolve()
-    for record in registry.all_checkpoints():
-        if record.path.resolve() == base:
-            registry.check_unchanged(record)
-            return
 
 
 def _check_template(record: CheckpointRecord, source: Source) -> None:
