@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.checks import check_loggers, check_rows, check_start
@@ -22,6 +23,7 @@ from align.recipe.file import resolved
 from align.recipe.graph import needed
 from align.recipe.settings import TrainingSettings
 from align.registry.artifacts import disk_errors_explained
+from align.registry.hashing import sha256_file
 from align.registry.records import CheckpointRecord, DataUse
 from align.stages.stage import Inputs
 
@@ -142,10 +144,17 @@ def _execute(
             parents=[origin.id],
             data=uses,
             template_sha256=outcome.template_sha256,
+            tokenizer_sha256=_tokenizer_sha256(run.artifact),
             metrics={**outcome.metrics, "lengths": outcome.lengths} if outcome.lengths else outcome.metrics,
             samples=outcome.samples,
             versions=library_versions(),
         )
+
+
+def _tokenizer_sha256(folder: Path) -> str | None:
+    """Hash of a checkpoint's tokenizer file: two checkpoints with the same one read a text alike."""
+    file = folder / "tokenizer.json"
+    return sha256_file(file) if file.is_file() else None
 
 
 def _inputs(

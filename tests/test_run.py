@@ -93,6 +93,7 @@ def test_every_checkpoint_says_where_it_came_from(done: Bench) -> None:
     assert made["adapter"].parents == (made["sft"].id,)
     assert [use.name for use in made["aligned"].data] == ["pairs", "talk"]
     assert len({record.template_sha256 for record in made.values()}) == 1
+    assert None not in {record.tokenizer_sha256 for record in made.values()}
     assert made["sft"].versions["torch"] == torch.__version__
     assert made["sft"].metrics["after.loss"]["value"] < made["sft"].metrics["before.loss"]["value"]
     assert made["merged"].metrics["merge.holds"] is True

@@ -10,8 +10,11 @@ import torch
 from align.chat.encoded import Encoded, EncodedPair
 from align.data.examples import Message, Messages, Preference
 from align.data.prepared import DataReport, PreparedData
+from align.errors import AlignError
 from align.losses import sequence_logps
-from align.models.loading import load_policy
+from align.models.folders import load_tokenizer
+from align.models.loading import load_policy, load_reward
+from align.models.saving import save_checkpoint
 from align.models.source import source_of
 from align.progress import Progress
 from align.recipe.settings import DpoSettings, EvaluationSettings, SigmoidLoss
@@ -74,3 +77,13 @@ def test_the_reference_starts_out_equal_in_bfloat16(tiny_llama: Path, tmp_path: 
 
 def said(role: str, text: str) -> Messages:
     return (Message(role, text),)
+
+
+def test_a_reward_model_with_another_tokenizer_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(source_of(tiny_llama))
+    save_checkpoint(load_reward(source_of(tiny_llama), trainable=True, precision="float32"), tokenizer, tmp_path)
+    load_reward(source_of(tmp_path))
+    tokenizer.add_tokens(["<other>"])
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(AlignError, match="they do not belong together"):
+        load_reward(source_of(tmp_path))

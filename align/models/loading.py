@@ -144,6 +144,8 @@ def _assembled(wish: _Wish, *, reward: bool) -> Any:
     dtype = _base_dtype(wish, root)
     model = open_weights(root, reward=reward, dtype=dtype, quantize=wish.base_quantize)
     tokenizer = wish.tokenizer if wish.tokenizer is not None else load_tokenizer(source)
+    if source.kind == "reward":
+        _refuse_other_tokenizer(source, model)
     grow_vocabulary(model, max(len(tokenizer), saved_vocabulary(source) if source.is_adapter else 0))
     if reward:
         require_head(model, root.path)
@@ -156,6 +158,16 @@ def _assembled(wish: _Wish, *, reward: bool) -> Any:
     if wish.gradient_checkpointing and wish.trainable:  # not reentrant: frozen embeddings would cut off the gradients
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return _adapted(model, replace(wish, source=source), root, dtype)
+
+
+def _refuse_other_tokenizer(source: Source, model: Any) -> None:
+    """A reward model that was trained on other ids gives numbers that mean nothing."""
+    tokens, rows = len(load_tokenizer(source)), model.get_input_embeddings().weight.shape[0]
+    if tokens > rows:
+        raise AlignError(
+            f"{source.path}: its tokenizer has {tokens} tokens, and the reward model knows {rows}: they do not belong together",
+            "Put the tokenizer there that the reward model was trained with.",
+        )
 
 
 def _adapted(model: Any, wish: _Wish, root: Source, dtype: torch.dtype) -> Any:
