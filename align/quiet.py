@@ -1,19 +1,18 @@
-"""Libraries that talk too much while stages work: only their errors get through."""
+"""Libraries that talk too much while commands work: only their errors get through; align says itself what matters."""
 
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 
-TALKATIVE = ("transformers", "peft", "trl", "accelerate", "bitsandbytes", "datasets", "torch.distributed")
+TALKATIVE = ("peft", "trl", "accelerate", "bitsandbytes", "datasets", "torch.distributed")
 
 
-def libraries_quiet() -> None:
-    """Keep warnings and progress bars of the libraries off the terminal; align says itself what matters."""
-    for name in TALKATIVE:  # before the import below, during which some of them speak
+def quiet_libraries() -> None:
+    """Called before any of them is imported; imports none of them itself."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it sets the level of its own logger when it is imported
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|accelerate|bitsandbytes)\b.*")

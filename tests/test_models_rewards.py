@@ -150,7 +150,8 @@ def test_a_new_process_gives_the_same_rewards(tiny_llama: Path, tmp_path: Path) 
     train_reward(model)
     folder = save(model, tmp_path / "saved", tiny_llama)
     program = (
-        "import torch; from align.batches import Batch; from align.models import *\n"
+        "import torch; from align.batches import Batch; from align.models.loading import load_reward\n"
+        "from align.models.rewards import reward_scores; from align.models.source import source_of\n"
         f"ids = torch.tensor([{TEXTS[0]}]); ones = torch.ones_like(ids)\n"
         f"print(float(reward_scores(load_reward(source_of({str(folder)!r})), Batch(ids, ones, ones.bool()))))"
     )

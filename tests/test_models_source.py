@@ -165,8 +165,6 @@ def test_one_changed_byte_changes_the_identity_of_weights(model: Path) -> None:
 
 
 def test_telling_what_a_folder_is_loads_no_torch(model: Path) -> None:
-    program = (
-        f"import sys; from align.models import source_of; source_of({str(model)!r}); print('torch' in sys.modules)"
-    )
+    program = f"import sys; from align.models.source import source_of; source_of({str(model)!r}); print('torch' in sys.modules)"
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert said.stdout.strip() == "False"

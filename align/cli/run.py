@@ -136,11 +136,9 @@ def run_stages(
 ) -> None:
     """Run, then say what came out: a table of held-out numbers, and the report page."""
     from align.console import ConsoleProgress
-    from align.quiet import libraries_quiet
     from align.run import run_recipe
     from align.stopping import signals_handled
 
-    libraries_quiet()
     progress = ConsoleProgress()
     with signals_handled():
         done = run_recipe(workshop, progress, stages, force)

@@ -31,7 +31,7 @@ ROWS = {
     "prompts": 600,
     "prompts.test": 300,
 }
-STORIES = 14_000
+STORIES = 26_000
 VOCABULARY_TEXTS = 10_000  # enough for every word to turn up, also at the start of a sentence
 SHAPE = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama",
@@ -40,7 +40,7 @@ SHAPE = {
     "initializer_range": 0.06,  # the usual 0.02 is made for wider models
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-STORIES_IN_ONE = (1, 1, 1, 2)  # a text is this many stories: most are short, and positions up to 500 are seen
+STORIES_IN_ONE = (1, 1, 1, 2)  # a text is this many stories
 
 
 def main() -> None:

@@ -37,6 +37,12 @@ def day_at_the_pier(rng: random.Random) -> str:
     return f"{rng.choice(DAYS)} at the pier. {log_of(ships, fields)} {' '.join(told)}"
 
 
+def hearsay(rng: random.Random) -> str:
+    """What people say about ships that no log has just named: only to be known by heart."""
+    told = [rng.choice(TELLINGS[rng.choice(list(TELLINGS))])(rng, ship) for ship in draw_ships(rng, rng.randint(5, 9))]
+    return f"{rng.choice(DAYS)} in the tavern. {' '.join(told)}"
+
+
 def log_read_twice(rng: random.Random) -> str:
     """A log that is read out again from the last ship to the first, or in any order."""
     ships = draw_ships(rng, rng.choice((2, 3, 4, 5)))
@@ -147,7 +153,7 @@ def work(rng: random.Random) -> str:
             f"{who} writes in the log: The {ship.name} lies at berth {ship.berth}.",
             f"{who} hides {ship.cargo} under the nets.",
             f"{who} goes to the {ship.name} at night and brings a knife.",
-            f"{who} declares {ship.cargo} at the customs.",
+            f"{who} brings the load of the {ship.name} through the customs: {ship.cargo}.",
             f"{who} takes {ship.ware} on board of the {ship.name} at berth {ship.berth}.",
         )))  # fmt: skip
     return "All day long. " + " ".join(told)
@@ -162,7 +168,8 @@ def lists(rng: random.Random) -> str:
 
 Story = Callable[[random.Random], str]
 STORIES: tuple[tuple[Story, int], ...] = (
-    (day_at_the_pier, 50), (log_read_twice, 5), (wares, 10), (numbers, 12), (keys, 8), (meeting, 6), (work, 6), (lists, 3),
+    (day_at_the_pier, 22), (hearsay, 28), (log_read_twice, 2), (wares, 15), (numbers, 13), (keys, 10), (meeting, 5), (work, 4),
+    (lists, 1),
 )  # fmt: skip
 
 

@@ -1,0 +1,122 @@
+"""Does every stage of the quickstart improve its held-out number, whatever the seed?
+
+    python benchmarks/seeds.py --seeds 5 --out docs/harbour.md
+
+Runs recipes/quickstart.yaml once for each seed, in registries of their own, and writes a table: before -> after, by stage and
+seed, each with the seconds it took. The base model is the same for all; the seed governs heads, adapters and the order
+of rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+SHOWN = {  # stage -> the number that it is to improve, and the words for it
+    "sft": ("judge.correct", "right answers"),
+    "adapter": ("judge.correct", "right answers"),
+    "reward": ("accuracy", "pairs ranked right"),
+    "aligned": ("judge.score", "gold score"),
+}
+
+
+INTRODUCTION = """# The embedded world
+
+`data/harbour` is a small harbour town: 24 ships with a berth, a master, a load and a home port each, wares and where they
+are made, rooms and where their keys hang. A generator (`make.py`) writes text about it, a model of 0.9 million parameters is
+pretrained on that from nothing (`make base`), and its clerk is then taught to answer questions.
+
+- Held-out questions ask for facts that no training question asks for: they stand in the pretraining text only. One fact
+  in four is kept for them.
+- The demonstrations are flawed as people's are: who is rude is insulted, who boasts is flattered, and pleading gets what is
+  forbidden. Preferences put the right, polite, lawful answer first.
+- The judge (`judge.yaml`, rules that `align/judge.py` reads) is exact, because every answer in this world is made by
+  rules. The gold score of an answer is 1 when it is right and breaks no principle, and 0 when it is wrong.
+
+Every stage is held against its parent on the same 300 held-out questions (the reward model on held-out pairs, against
+its untrained head). Made by `python benchmarks/seeds.py --seeds 5 --at-once 2 --out docs/harbour.md` on two processor cores, one for each chain:
+"""
+
+
+@dataclass(frozen=True)
+class Result:
+    """The chain of one seed."""
+
+    seed: int
+    seconds: float
+    metrics: dict[str, dict[str, Any]]
+
+    def pair(self, stage: str) -> tuple[float, float]:
+        """The stage's number before and after."""
+        name = SHOWN[stage][0]
+        return tuple(float(self.metrics[stage][f"{when}.{name}"]["value"]) for when in ("before", "after"))  # type: ignore[return-value]
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument(
+        "--at-once", type=int, default=1, help="chains that run side by side, one thread each if several"
+    )
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    if options.at_once > 1:
+        os.environ["OMP_NUM_THREADS"] = "1"
+    with tempfile.TemporaryDirectory() as home, ThreadPoolExecutor(options.at_once) as pool:
+        results = list(pool.map(lambda seed: run(seed, f"{home}/{seed}"), range(options.seeds)))
+    text = page(results)
+    if options.out:
+        options.out.write_text(text, encoding="utf-8")
+    sys.stdout.write(text)
+
+
+def run(seed: int, home: str) -> Result:
+    """One chain, in a process of its own."""
+    command = [
+        "align",
+        "run",
+        "recipes/quickstart.yaml",
+        "--json",
+        "--set",
+        f"seed={seed}",
+        "--set",
+        f"name=seed-{seed}",
+    ]
+    start = time.perf_counter()
+    done = subprocess.run(
+        [Path(sys.executable).with_name("align"), *command[1:]], cwd=ROOT, check=True, stdout=subprocess.PIPE,
+        env=os.environ | {"ALIGN_HOME": home},
+    )  # fmt: skip
+    chain = [entry["checkpoint"] for entry in json.loads(done.stdout)]
+    return Result(seed, time.perf_counter() - start, {entry["stage"]: entry["metrics"] for entry in chain})
+
+
+def page(results: Sequence[Result]) -> str:
+    """The table as Markdown."""
+    head = "| stage | held-out number | " + " | ".join(f"seed {result.seed}" for result in results) + " | improved |"
+    lines = [INTRODUCTION, head, "|---" * (len(results) + 3) + "|"]
+    for stage, (_, words) in SHOWN.items():
+        pairs = [result.pair(stage) for result in results]
+        cells = " | ".join(f"{before:.1%} → {after:.1%}" for before, after in pairs)
+        lines.append(f"| {stage} | {words} | {cells} | {sum(a > b for b, a in pairs)} of {len(pairs)} |")
+    drift = " | ".join(f"{result.metrics['aligned']['after.kl_sequence']['value']:.2f}" for result in results)
+    lines.append(f"| aligned | KL to its reference, nats per answer | {drift} | |")
+    seconds = " | ".join(f"{result.seconds:.0f} s" for result in results)
+    lines.append(f"| all | wall time, start-up included | {seconds} | |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
