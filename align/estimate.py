@@ -1,11 +1,12 @@
 """Predicted memory and time of a stage, from a model's config and the settings alone: no torch, no weights read.
 
-A first estimate: Llama-like shapes are counted exactly, activations by a rule. It leaves out paging, fragmentation and
-what other processes take. The constants say where they come from.
+A first estimate: Llama-like shapes are counted exactly, activations by a rule. It leaves out paging, fragmentation, what
+other processes take, 8-bit optimisers, and on a machine with a GPU the time. The constants say where they come from.
 """
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -98,7 +99,7 @@ def estimate(settings: TrainingSettings, shape: Shape | None, data_bytes: int | 
         return Estimate(None, None)
     tokens = min(settings.batch_tokens, settings.batch_size * (settings.max_length or 512))
     memory = LIBRARIES_BYTES + _weights(settings, shape, half) + tokens * _activation_bytes(settings, shape, half)
-    if data_bytes is None:
+    if data_bytes is None or shutil.which("nvidia-smi"):  # this machine's processor says nothing about its GPU
         return Estimate(int(memory), None)
     passes = 4 if settings.adapter else 6  # multiply-adds per weight and token: a frozen weight needs no gradient
     work = passes * shape.parameters * settings.epochs * data_bytes / BYTES_PER_TOKEN

@@ -7,6 +7,7 @@ parent, its data, template and judge, and the versions of the libraries whose nu
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import importlib.metadata
 import json
@@ -137,7 +138,10 @@ class Workshop:
             return self._foreign(str(as_path), reference)
         try:
             record = self.registry.checkpoint(reference)
-        except AlignError:  # no name of the registry: a hub id, or a mistake that source_of explains
+        except AlignError as unknown:  # no name of the registry: a hub id, unless it is nearly a name that we have
+            names = {record.name for record in self.registry.all_checkpoints()}
+            if difflib.get_close_matches(reference, names, n=1, cutoff=0.8):
+                raise unknown
             return self._foreign(reference, reference)
         return self._recorded(record)
 

@@ -93,7 +93,7 @@ def run_recipe(
         if planned.made is None:
             origin = workshop.starting_point(name, made)
             assert origin is not None, "stages before this one have just been made"
-            made[name] = _execute(workshop, name, origin, prepared, judge, progress)
+            made[name] = _execute(workshop, name, origin, prepared, judge, progress, forced=name in force)
         else:
             made[name] = _named(workshop, name, planned.made)
         done.append(Done(planned, made[name]))
@@ -115,11 +115,13 @@ def _execute(
     prepared: dict[str, PreparedData],
     judge: Judge | None,
     progress: Progress,
+    *,
+    forced: bool,
 ) -> CheckpointRecord:
-    """Run one stage and register what it made; a run of the same key that was stopped goes on."""
+    """Run one stage and register what it made; a run of the same key that was stopped goes on, unless forced anew."""
     settings, registry = workshop.stage(name), workshop.registry
     ingredients, uses = workshop.ingredients(name, origin), data_uses(workshop, name)
-    stopped = registry.resumable(workshop.key(name, origin))
+    stopped = None if forced else registry.resumable(workshop.key(name, origin))
     begun = (
         registry.resume_run(stopped.id)
         if stopped
@@ -188,9 +190,12 @@ def _inputs(
 
 
 def data_uses(workshop: Workshop, name: str) -> list[DataUse]:
-    """The registered data sets that a stage trains on and is measured on."""
-    records = {data: workshop.data(data)[0] for data in workshop.data_names(name)}
-    return [DataUse(data, record.id, int(record.info.get("train_rows", 0))) for data, record in records.items()]
+    """The registered data set that a stage trains on; questions that it is only measured on are not among them."""
+    stage = workshop.stage(name)
+    if not isinstance(stage, TrainingSettings):
+        return []
+    record = workshop.data(stage.data)[0]
+    return [DataUse(stage.data, record.id, int(record.info.get("train_rows", 0)))]
 
 
 def check_rows_of(workshop: Workshop, name: str, prepared: dict[str, PreparedData]) -> None:

@@ -26,6 +26,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from align.batches import epoch_order, micro_batches
 from align.errors import Interrupted, StageFailed
+from align.models.folders import quiet
 from align.models.hardware import compute_dtype, width_of
 from align.objective import Objective
 from align.progress import Bar, Progress
@@ -222,7 +223,8 @@ class _StepTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
         self.progress.metrics(self.state.global_step, {f"eval.{name}": value for name, value in numbers.items()})
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        with quiet():
+            super()._save_checkpoint(model, trial)
         mark_complete(self.task.state, self.state.global_step)
 
 

@@ -91,7 +91,7 @@ def test_every_checkpoint_says_where_it_came_from(done: Bench) -> None:
     }  # fmt: skip
     assert made["aligned"].parents == made["reward"].parents == (made["adapter"].id,)
     assert made["adapter"].parents == (made["sft"].id,)
-    assert [use.name for use in made["aligned"].data] == ["pairs", "talk"]
+    assert [use.name for use in made["aligned"].data] == ["pairs"]
     assert len({record.template_sha256 for record in made.values()}) == 1
     assert None not in {record.tokenizer_sha256 for record in made.values()}
     assert made["sft"].versions["torch"] == torch.__version__

@@ -21,7 +21,6 @@ from align.cli.runs import runs_group
 from align.cli.use import chat_command, eval_command, generate_command, score_command
 from align.errors import AlignError
 from align.quiet import quiet_libraries
-from align.registry.references import printable
 
 COMMANDS = [
     run_command,
@@ -66,6 +65,8 @@ def main() -> None:
     try:
         cli.main(standalone_mode=False)
     except AlignError as error:
+        from align.registry.references import printable
+
         click.secho(f"error: {printable(error.message)}", fg="red", err=True)
         if error.hint:
             click.echo(f"  {printable(error.hint)}", err=True)

@@ -27,20 +27,25 @@ recipe_argument = click.argument("recipe", required=False, type=click.Path(path_
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting, as in stages.sft.epochs=3."
 )
+stage_option = click.option(
+    "--stage", "stages", multiple=True, metavar="NAME", help="Only this stage and what it needs; repeatable."
+)
+force_option = click.option(
+    "--force", multiple=True, metavar="STAGE", help="Run this stage again though nothing changed."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 
 
 def run_options(command: Callable[..., None]) -> Callable[..., None]:
     """The options that every command which runs stages has."""
-    force = click.option("--force", multiple=True, metavar="STAGE", help="Run this stage again though nothing changed.")
     report = click.option(
         "--report", "report_path", type=click.Path(path_type=Path), help="Where the report page goes at the end."
     )
-    return recipe_argument(set_option(force(report(json_option(command)))))
+    return recipe_argument(set_option(force_option(report(json_option(command)))))
 
 
 @click.command("run")
-@click.option("--stage", "stages", multiple=True, metavar="NAME", help="Only this stage and what it needs; repeatable.")
+@stage_option
 @run_options
 def run_command(
     recipe: Path | None,
@@ -50,14 +55,19 @@ def run_command(
     report_path: Path | None,
     as_json: bool,
 ) -> None:
-    """Run the chain of RECIPE; what is unchanged is reused, what was stopped goes on."""
+    """Run the chain of RECIPE.
+
+    What is unchanged is reused, what was stopped goes on.
+    """
     run_stages(open_workshop(recipe, overrides), stages, force, report_path, as_json=as_json)
 
 
 def stage_command(kind: str, summary: str) -> click.Command:
     """The command that runs the stages of one kind, with what they need."""
 
-    @click.command(kind, help=f"{summary}: the stages of that kind in RECIPE, with what they need.")
+    @click.command(
+        kind, short_help=summary + ".", help=f"{summary}: the stages of that kind in RECIPE, with what they need."
+    )
     @run_options
     def command(
         recipe: Path | None,
@@ -78,14 +88,21 @@ stage_commands = [stage_command(kind, summary) for kind, summary in KINDS.items(
 
 
 @click.command("plan")
+@stage_option
+@force_option
 @recipe_argument
 @set_option
 @json_option
-def plan_command(recipe: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Say what would run, what is reused and why, with predicted memory and time. Changes nothing."""
+def plan_command(
+    recipe: Path | None, overrides: tuple[str, ...], stages: tuple[str, ...], force: tuple[str, ...], as_json: bool
+) -> None:
+    """Say what would run and what is reused, with memory and time.
+
+    Changes nothing. A hub model is downloaded if it is not there yet, because its content decides what is reused.
+    """
     from align.plan import plan
 
-    planned = plan(open_workshop(recipe, overrides, create=False))
+    planned = plan(open_workshop(recipe, overrides, create=False), stages, force)
     if as_json:
         click.echo(json.dumps([stage.as_dict() for stage in planned], indent=2))
         return
@@ -99,7 +116,7 @@ def plan_command(recipe: Path | None, overrides: tuple[str, ...], as_json: bool)
 @set_option
 @json_option
 def check_command(recipe: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Find every error that can be found without training, and report on the data."""
+    """Find errors without training, and report on the data."""
     from align.checks import check_recipe
     from align.recipe.graph import recipe_warnings
 
