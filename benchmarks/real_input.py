@@ -62,9 +62,21 @@ def say(entry: dict[str, Any]) -> None:
 
 def plain(chain: list[dict[str, Any]]) -> None:
     """Every checkpoint opened without align; the likelihood of one sentence under each."""
+    import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        BitsAndBytesConfig,
+    )
 
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )  # what align_adapter.json says the adapter was trained on
     paths = {entry["checkpoint"]["stage"]: entry["checkpoint"]["path"] for entry in chain}
     for entry in chain:
         stage, kind, path = (entry["checkpoint"][key] for key in ("stage", "kind", "path"))
@@ -73,8 +85,14 @@ def plain(chain: list[dict[str, Any]]) -> None:
             score = AutoModelForSequenceClassification.from_pretrained(path).eval()(**ids).logits.item()
             sys.stdout.write(f"plain transformers, {stage}: reward {score:.4f}\n")
             continue
-        model = AutoModelForCausalLM.from_pretrained(paths["sft"] if kind == "adapter" else path)
-        model = PeftModel.from_pretrained(model, path) if kind == "adapter" else model
+        if kind == "adapter":
+            base = AutoModelForCausalLM.from_pretrained(paths["sft"], quantization_config=nf4, dtype=torch.float32)
+            for module in base.modules():  # bitsandbytes 0.50.2 breaks such layers on processors with AVX-512 bf16
+                if hasattr(module, "support_avx512bf16_for_cpu"):
+                    module.support_avx512bf16_for_cpu = False
+            model = PeftModel.from_pretrained(base, path)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(path)
         loss = model.eval()(**ids, labels=ids["input_ids"]).loss.item()
         sys.stdout.write(f"plain transformers{' and peft' if kind == 'adapter' else ''}, {stage}: loss {loss:.4f}\n")
 
