@@ -170,3 +170,19 @@ def test_real_files_are_recognised(shared):
         "conversations, format messages", "conversations, format alpaca", "preferences, format hh",
         "conversations, format prompt_completion", "prompts, format prompts", "texts, format text",
     ]  # fmt: skip
+
+
+def test_data_takes_several_files_at_once(tmp_path: Path, tiny_llama: Path) -> None:
+    for name, row in (
+        ("talk", {"prompt": "Hi?", "completion": "Hello."}),
+        ("more", {"prompt": "So?", "completion": "Yes."}),
+    ):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(12)))
+    files = [str(tmp_path / "talk.jsonl"), str(tmp_path / "more.jsonl")]
+    done = CliRunner().invoke(
+        init_command, ["--model", str(tiny_llama), "--data", *files, "--out", str(tmp_path / "mine.yaml")]
+    )
+    assert done.exit_code == 0, done.output
+    text = (tmp_path / "mine.yaml").read_text()
+    assert "talk.jsonl" in text
+    assert "more.jsonl" in text

@@ -49,15 +49,18 @@ def settings_command() -> None:
 
 @click.command("init")
 @click.option("--model", required=True, help="Hub id, local folder, or a checkpoint of the registry.")
-@click.option("--data", "files", required=True, multiple=True, metavar="FILE", help="A data file; repeatable.")
+@click.option("--data", "files", required=True, multiple=True, metavar="FILE...", help="Data files, one or more.")
+@click.argument("more", nargs=-1, metavar="")
 @click.option("--out", type=click.Path(path_type=Path), help="Recipe to write. Default: recipes/NAME.yaml.")
 @click.option("--name", help="Name of the recipe. Default: from the model.")
 @click.option("--force", is_flag=True, help="Overwrite a recipe that is there already.")
-def init_command(model: str, files: tuple[str, ...], out: Path | None, name: str | None, force: bool) -> None:
-    """Write a short commented recipe for a model and your data; formats are detected."""
+def init_command(
+    model: str, files: tuple[str, ...], more: tuple[str, ...], out: Path | None, name: str | None, force: bool
+) -> None:  # more: what follows the first file of --data, which takes one value
+    """Write a short commented recipe for your model and data."""
     from align.recipe.starter import write_starter
 
-    written = write_starter(model, files, out=out, name=name, force=force)
+    written = write_starter(model, (*files, *more), out=out, name=name, force=force)
     click.echo(f"wrote {written.path}")
     for line in written.notes:
         click.echo(f"  {line}")
