@@ -38,7 +38,7 @@ are made, rooms and where their keys hang. A generator (`make.py`) writes text a
 pretrained on that from nothing (`make base`), and its clerk is then taught to answer questions.
 
 - Held-out questions ask for facts that no training question asks for: they stand in the pretraining text only. One fact
-  in four is kept for them.
+  in four is kept for them. Requests that must be refused are new in their wording only.
 - The demonstrations are flawed as people's are: who is rude is insulted, who boasts is flattered, and pleading gets what is
   forbidden. Preferences put the right, polite, lawful answer first.
 - The judge (`judge.yaml`, rules that `align/judge.py` reads) is exact, because every answer in this world is made by
