@@ -1,27 +1,31 @@
-"""Every error of a recipe that can be found without training: data, kinds of rows, models, templates, lengths."""
+"""Every error of a recipe that can be found without training: data, kinds of rows, models, rewards, templates, lengths."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from align.data.examples import Example, Preference
+from align.data.examples import Document, Example, Preference
 from align.data.prepare import prepare
 from align.data.prepared import PreparedData
 from align.errors import AlignError
 from align.recipe.graph import topological_order
+from align.recipe.ppo_settings import ModelReward, PpoSettings
 from align.recipe.settings import DpoSettings, KtoLoss, SigmoidLoss, TrainingSettings
 
 if TYPE_CHECKING:
     from align.origins import Workshop
+    from align.stages.encoding import Desk
 
 ROWS = {
     "pretrain": ("text",),
     "sft": ("conversation", "text"),
     "reward": ("preference",),
     "dpo": ("preference",),
+    "ppo": ("prompt",),
 }
 
 
@@ -51,6 +55,7 @@ def check_recipe(workshop: Workshop) -> list[DataCheck]:
         stage = recipe.stages[name]
         if isinstance(stage, TrainingSettings):
             check_rows(name, stage, prepared[stage.data])
+            check_ppo(workshop, name, prepared)
             found[stage.data].stages[name] = _lengths(workshop, name, stage, prepared[stage.data])
     return list(found.values())
 
@@ -60,6 +65,11 @@ def check_rows(name: str, stage: TrainingSettings, data: PreparedData) -> None:
     wanted: Sequence[str] = ROWS[stage.kind]
     if isinstance(stage, DpoSettings) and isinstance(stage.loss, KtoLoss):
         wanted = ("rated", "preference")
+    if stage.kind == "ppo" and data.kind not in ("prompt", "text"):
+        raise AlignError(
+            f"stage '{name}' (ppo) needs prompts; the rows of '{stage.data}' have answers, which would never be read",
+            f"Set `format: prompts` for '{stage.data}' to use their prompts alone.",
+        )
     if data.kind not in wanted:
         raise AlignError(
             f"stage '{name}' ({stage.kind}) cannot train on data set '{stage.data}': its rows are of kind '{data.kind}'",
@@ -84,10 +94,9 @@ def _soft(example: Example) -> bool:
 
 def _lengths(workshop: Workshop, name: str, stage: TrainingSettings, data: PreparedData) -> dict[str, int]:
     """Length report of a stage's training rows under the tokenizer that its parent has or will have."""
-    from align.stages.encoding import Desk
-
-    origin = workshop.starting_point(name, {}) or workshop.model
-    desk = Desk.open(stage, origin.source, workshop.template())
+    desk = _desk(workshop, name, stage)
+    if isinstance(stage, PpoSettings):
+        return _prompt_lengths(name, stage, desk, data)
     desk.rows(data.train, "training")
     lengths = desk.encoder.lengths.as_dict()
     desk.rows(data.test, "held-out")
@@ -101,11 +110,59 @@ def check_loggers(log_to: Sequence[str]) -> None:
         raise AlignError(f"log_to: {missing[0]} is not installed", f"pip install {missing[0]}, or leave it out.")
 
 
-def check_start(workshop: Workshop, name: str) -> None:
-    """Raises AlignError when a stage's max_length or template does not suit the model that the chain starts from."""
-    from align.stages.encoding import Desk
-
+def check_start(workshop: Workshop, name: str, prepared: Mapping[str, PreparedData]) -> None:
+    """Raises AlignError when a stage's lengths or template do not suit the model that the chain starts from."""
     stage = workshop.stage(name)
     if isinstance(stage, TrainingSettings):
-        origin = workshop.starting_point(name, {}) or workshop.model
-        Desk.open(stage, origin.source, workshop.template())
+        desk = _desk(workshop, name, stage)
+        if isinstance(stage, PpoSettings):
+            _prompt_lengths(name, stage, desk, prepared[stage.data])
+
+
+def check_ppo(workshop: Workshop, name: str, prepared: Mapping[str, PreparedData]) -> None:
+    """Raises AlignError for an engine or a reward of a ppo stage that is not there, or cannot reward its prompts.
+
+    Models that this recipe makes, and prompts that are too long for a reward model, are seen when the stage begins.
+    """
+    stage = workshop.stage(name)
+    if not isinstance(stage, PpoSettings):
+        return
+    from align.rewards.total import build_rewards
+
+    if stage.engine == "vllm" and "vllm" not in sys.modules and importlib.util.find_spec("vllm") is None:
+        raise AlignError(f"stage '{name}': vllm is not installed", "pip install vllm, or set engine: local.")
+    workshop.reward_points(name, {})
+    data = prepared[stage.data]
+    questions = [row for row in (*data.train, *data.test) if not isinstance(row, Document)]
+    terms = [term for term in (*stage.reward, *stage.watch) if not isinstance(term, ModelReward)]
+    try:
+        build_rewards(terms, models={}, judges=workshop.judges(name)).check(questions)
+    except AlignError as error:
+        error.message = f"stage '{name}': {error.message}"
+        raise
+
+
+def _desk(workshop: Workshop, name: str, stage: TrainingSettings) -> Desk:
+    """What encodes the rows of a stage; on the recipe's model where its start has not been made yet."""
+    from align.stages.encoding import Desk
+
+    origin = workshop.starting_point(name, {}) or workshop.model
+    return Desk.open(stage, origin.source, workshop.template())
+
+
+def _prompt_lengths(name: str, stage: PpoSettings, desk: Desk, data: PreparedData) -> dict[str, int]:
+    """Length report of a ppo stage's prompts. Raises AlignError when none of them leaves room for a response."""
+    from align.ppo.prompts import encoded_prompts
+
+    longest, what = desk.max_length, "the model's context" if desk.max_length == desk.context else "max_length"
+    if stage.max_new_tokens >= longest:
+        raise AlignError(
+            f"stage '{name}': max_new_tokens is {stage.max_new_tokens} and {what} is {longest}",
+            "A prompt and its response have to fit into it; lower max_new_tokens.",
+        )
+    questions = [row for row in data.train if not isinstance(row, Document)]
+    try:
+        return encoded_prompts(questions, desk.encoder, stage, longest)[1]
+    except AlignError as error:
+        error.message = f"stage '{name}': {error.message}"
+        raise

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn
@@ -19,7 +19,7 @@ from rich.text import Text
 from align.progress import Bar, Progress
 from align.report import words
 from align.report.data_view import DROPPED
-from align.report.numbers import Change, Number, headline, parity
+from align.report.numbers import Change, Number, headline, parity, raised_guards
 
 if TYPE_CHECKING:
     from align.checks import DataCheck
@@ -127,6 +127,7 @@ def stage_table(checkpoints: Iterable[CheckpointRecord]) -> Table:
         cells = _cells(name, change) if change else [name, "not measured"]
         if (holds := parity(record.metrics)) is not None:
             cells[-1] = "parity holds" if holds else "parity broken"
+        cells[-1] += _guard_words(record.metrics)
         table.add_row(*(_cell(text) for text in cells))
     return table
 
@@ -160,7 +161,7 @@ def data_table(checked: Iterable[DataCheck]) -> Table:
 def _length_words(lengths: Mapping[str, int]) -> str:
     """Tokens of the rows, the share that is trained, and what the length policy did."""
     said = [f"{lengths[key]:,} {name}" for key, name in _TOKENS.items() if lengths.get(key)]
-    if lengths.get("tokens"):
+    if lengths.get("tokens") and "trained_tokens" in lengths:
         said.append(
             f"{words.number(lengths.get('trained_tokens', 0) / lengths['tokens'], share=True)} of tokens trained"
         )
@@ -195,6 +196,14 @@ def _cells(name: str, change: Change) -> list[str]:
     verdict = "" if change.verdict == "none" else change.verdict
     arrow = "→" if change.before else ""
     return [name, change.meaning.label, parent, arrow, _spread(change, change.after), moved, verdict]
+
+
+def _guard_words(metrics: Mapping[str, Any]) -> str:
+    """A line below the verdict that says which guards a ppo run raised, and which one stopped it; or nothing."""
+    if metrics.get("stopped_by"):
+        return f"\nstopped by: {metrics['stopped_by']}"
+    raised = raised_guards(metrics)
+    return f"\nguards: {', '.join(raised)}" if raised else ""
 
 
 def _spread(change: Change, value: Number | None) -> str:

@@ -1,23 +1,28 @@
 """Predicted memory and time of a stage, from a model's config and the settings alone: no torch, no weights read.
 
 A first estimate: Llama-like shapes are counted exactly, activations by a rule. It leaves out paging, fragmentation, what
-other processes take, 8-bit optimisers, and on a machine with a GPU the time. The constants say where they come from.
+other processes take, 8-bit optimisers, and on a machine with a GPU the time. A ppo stage is taken to write every response
+to its end, and its held-out measurements are left out. The constants say where they come from.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from align.recipe.ppo_settings import GaeEstimator, PpoSettings
 from align.recipe.settings import AdapterSettings, RewardSettings, TrainingSettings
 
 LIBRARIES_BYTES = 700 * 2**20  # resident size of a process that has imported torch, transformers and peft (measured)
 NF4_BYTES = 0.516  # a weight in nf4 with double quantization: 4 bits and its share of the scales (Dettmers 2023, 3.1)
+ADAPTER_BYTES = 4  # a weight of an adapter that does not train: adapters stay float32
+UNKNOWN_LENGTH = 512  # tokens of a row of which nothing is known
 TRAINED_BYTES = 16  # float32 weight, gradient and two moments of AdamW
 BYTES_PER_TOKEN = 4.0  # of English text under a vocabulary of tens of thousands; fewer under a small one
 REACHED = 0.25  # share of the processor's matrix speed that a training step reaches
@@ -93,19 +98,73 @@ class Estimate:
     seconds: float | None
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """How many prompts a ppo stage has, and how many tokens one has on average."""
+
+    rows: int
+    tokens: float
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A reward model of a ppo stage: its weights, and the bytes that they take beside the policy's."""
+
+    parameters: int
+    size: float
+
+
 def estimate(settings: TrainingSettings, shape: Shape | None, data_bytes: int | None, *, half: bool) -> Estimate:
     """Estimate of one training stage. data_bytes: size of its training text; half: whether bfloat16 is used."""
     if shape is None:
         return Estimate(None, None)
-    tokens = min(settings.batch_tokens, settings.batch_size * (settings.max_length or 512))
-    memory = LIBRARIES_BYTES + _weights(settings, shape, half) + tokens * _activation_bytes(settings, shape, half)
-    if data_bytes is None or shutil.which("nvidia-smi"):  # this machine's processor says nothing about its GPU
+    tokens = min(settings.batch_tokens, settings.batch_size * (settings.max_length or UNKNOWN_LENGTH))
+    logits = 0 if isinstance(settings, RewardSettings) else _logits_bytes(shape)
+    kept = _activation_bytes(settings, shape, half) + logits
+    memory = LIBRARIES_BYTES + _weights(settings, shape, half) + tokens * kept
+    if data_bytes is None or _has_gpu():
         return Estimate(int(memory), None)
     passes = 4 if settings.adapter else 6  # multiply-adds per weight and token: a frozen weight needs no gradient
     work = passes * shape.parameters * settings.epochs * data_bytes / BYTES_PER_TOKEN
     if settings.max_steps:
         work = min(work, passes * shape.parameters * settings.max_steps * tokens)
     return Estimate(int(memory), work * (4 / 3 if settings.gradient_checkpointing else 1) / (REACHED * matrix_speed()))
+
+
+def estimate_ppo(
+    settings: PpoSettings,
+    shape: Shape | None,
+    prompts: Prompts | None,
+    scorers: Sequence[Scorer],
+    *,
+    half: bool,
+    from_adapter: bool,
+) -> Estimate:
+    """Estimate of a ppo stage. from_adapter: the policy goes on with the adapter it starts from, kept as the reference.
+
+    The peak is all weights with the larger of the key-value cache of a round and the activations of a step, whose head
+    sees the tokens of the responses alone. A round costs the time to generate, to score and to learn `round_epochs` times.
+    """
+    if shape is None:
+        return Estimate(None, None)
+    new = settings.max_new_tokens
+    asked = prompts.tokens if prompts else max((settings.max_length or UNKNOWN_LENGTH) - new, 1)
+    cache = settings.rollouts * (asked + new) * 2 * shape.layers * shape.key_value * (2 if half else 4)
+    tokens = min(settings.batch_tokens, settings.batch_size * (asked + new))
+    learning = tokens * (_activation_bytes(settings, shape, half) + _logits_bytes(shape) * new / (asked + new))
+    weights = _weights(settings, shape, half) + _company_bytes(settings, shape, half, from_adapter=from_adapter)
+    memory = LIBRARIES_BYTES + weights + sum(scorer.size for scorer in scorers) + max(cache, learning)
+    if prompts is None or _has_gpu():
+        return Estimate(int(memory), None)
+    work = _rounds(settings, prompts) * settings.rollouts * (asked + new) * _work_per_token(settings, shape, scorers)
+    return Estimate(int(memory), work / (REACHED * matrix_speed()))
+
+
+def frozen_bytes(shape: Shape, quantize: str | None, *, half: bool) -> float:
+    """Size of a model that does not train."""
+    plain = 2 if half else 4
+    linear = {"nf4": NF4_BYTES, "int8": 1.0}.get(quantize or "", float(plain))
+    return linear * shape.block_parameters + plain * (shape.parameters - shape.block_parameters)
 
 
 def matrix_speed(size: int = 512) -> float:
@@ -122,18 +181,59 @@ def matrix_speed(size: int = 512) -> float:
 def _weights(settings: TrainingSettings, shape: Shape, half: bool) -> float:
     if settings.adapter is None:
         return TRAINED_BYTES * shape.parameters
-    frozen = 2 if half else 4
-    linear = {"nf4": NF4_BYTES, "int8": 1.0, None: float(frozen)}[settings.quantize]
-    rest = shape.parameters - shape.block_parameters
-    return linear * shape.block_parameters + frozen * rest + TRAINED_BYTES * shape.adapter_parameters(settings.adapter)
+    trained = TRAINED_BYTES * shape.adapter_parameters(settings.adapter)
+    return frozen_bytes(shape, settings.quantize, half=half) + trained
+
+
+def _company_bytes(settings: PpoSettings, shape: Shape, half: bool, *, from_adapter: bool) -> float:
+    """Weights of the reference and of the value model, as far as they are not the policy's base."""
+    kind = _value_kind(settings)
+    adapter = shape.adapter_parameters(settings.adapter) if settings.adapter else 0
+    if settings.adapter is None:
+        reference = frozen_bytes(shape, None, half=half)
+    else:
+        reference = ADAPTER_BYTES * adapter if from_adapter else 0
+    return reference + TRAINED_BYTES * {"adapter": adapter, "model": shape.parameters}.get(kind or "", 0)
+
+
+def _value_kind(settings: PpoSettings) -> str | None:
+    """What the value model is; None: there is none."""
+    if not isinstance(settings.estimator, GaeEstimator):
+        return None
+    return {"auto": "adapter" if settings.adapter else "model"}.get(settings.value.kind, settings.value.kind)
+
+
+def _rounds(settings: PpoSettings, prompts: Prompts) -> float:
+    rounds = settings.rounds or math.ceil(settings.epochs * prompts.rows * settings.samples / settings.rollouts)
+    steps = settings.round_epochs * math.ceil(settings.rollouts / settings.batch_size)
+    return min(rounds, settings.max_steps / steps) if settings.max_steps else rounds
+
+
+def _work_per_token(settings: PpoSettings, shape: Shape, scorers: Sequence[Scorer]) -> float:
+    """Multiplications and additions for a token of a round: generated once, scored by every role, learnt from."""
+    kind = _value_kind(settings)
+    own_value = kind in ("adapter", "model")
+    passes = 4 if settings.adapter else 6
+    learning: float = passes * settings.round_epochs * (2 if own_value else 1)
+    learning *= 4 / 3 if settings.gradient_checkpointing else 1
+    scoring = 2 * (3 if own_value else 2)  # policy, reference, value
+    return (2 + scoring + learning) * shape.parameters + 2 * sum(scorer.parameters for scorer in scorers)
+
+
+def _has_gpu() -> bool:
+    """Whether this machine has one, of which the processor's speed says nothing."""
+    return shutil.which("nvidia-smi") is not None
+
+
+def _logits_bytes(shape: Shape) -> float:
+    """Bytes of a token's logits: three copies."""
+    return 3 * 4 * shape.vocabulary
 
 
 def _activation_bytes(settings: TrainingSettings, shape: Shape, half: bool) -> float:
-    """Bytes kept for the backward pass per token: block inputs and outputs, and three copies of the logits."""
+    """Bytes kept for the backward pass per token but for the logits: inputs and outputs of the blocks."""
     width = 2 if half else 4
     block = 4 * shape.hidden * 2 + width * (
         4 * shape.hidden + 2 * shape.attention + 2 * shape.key_value + 4 * shape.intermediate
     )
-    kept = 4 * shape.hidden * shape.layers + block if settings.gradient_checkpointing else block * shape.layers
-    logits = 0 if isinstance(settings, RewardSettings) else 3 * 4 * shape.vocabulary
-    return kept + logits
+    return 4 * shape.hidden * shape.layers + block if settings.gradient_checkpointing else block * shape.layers

@@ -41,7 +41,8 @@ from align.recipe.yaml_text import Node, parse_yaml, shown
 Compare = Literal["contains", "exact", "numeric"]
 Answer = str | int | float
 
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_MARKED_NUMBER = re.compile(r"####\s*(-?[\d,]*\.?\d+)")
+_NUMBER = re.compile(r"(?:(?<![\w.)])-)?(?:\d[\d,]*(?:\.\d+)?|(?<!\d)\.\d+)")  # the minus of 10-20 is a dash
 _SENTENCE_END = re.compile(r"[.!?]+(?=\s|$)|\n+")
 _WORD = re.compile(r"\w+")
 
@@ -179,7 +180,7 @@ class Judge:
         accepted = expected.answer if isinstance(expected.answer, list) else [expected.answer]
         compare = expected.compare or self.rules.answer.compare
         brief = len(answer.split()) <= self.rules.answer.max_words
-        return brief and not refused and any(_matches(answer, one, compare) for one in accepted)
+        return brief and not refused and any(matches(answer, one, compare) for one in accepted)
 
 
 def _breaks(principle: Principle, prompt: str, answer: str, refused: bool, must_refuse: bool | None) -> bool:
@@ -196,13 +197,29 @@ def _breaks(principle: Principle, prompt: str, answer: str, refused: bool, must_
     )
 
 
-def _matches(answer: str, wanted: Answer, compare: Compare) -> bool:
+def matches(answer: str, wanted: Answer, compare: Compare) -> bool:
+    """Whether an answer is the wanted one."""
     if compare == "numeric":
-        numbers, target = _numbers(answer), _numbers(str(wanted))
-        return bool(numbers and target) and math.isclose(numbers[-1], target[-1], rel_tol=1e-6, abs_tol=1e-9)
+        number, target = final_number(answer), _number_of(wanted)
+        return number is not None and target is not None and math.isclose(number, target, rel_tol=1e-12, abs_tol=1e-12)
     if compare == "exact":
         return _plain(answer) == _plain(str(wanted))
     return _holds(answer, str(wanted))
+
+
+def comparable(wanted: Answer, compare: Compare) -> bool:
+    """Whether a wanted answer holds anything to compare: a number, or a word."""
+    return _number_of(wanted) is not None if compare == "numeric" else bool(_plain(str(wanted)))
+
+
+def final_number(text: str) -> float | None:
+    """The number after `####` (as in GSM8K), else the last number of the text; None where there is none."""
+    found = _MARKED_NUMBER.findall(text) or _NUMBER.findall(text)
+    return float(found[-1].replace(",", "")) if found else None
+
+
+def _number_of(wanted: Answer) -> float | None:
+    return wanted if isinstance(wanted, float) else final_number(str(wanted))
 
 
 def _holds(answer: str, words: str) -> bool:
@@ -213,10 +230,6 @@ def _holds(answer: str, words: str) -> bool:
 
 def _plain(text: str) -> str:
     return " ".join(text.casefold().split()).strip(" .!?\"'")
-
-
-def _numbers(text: str) -> list[float]:
-    return [float(number.replace(",", "")) for number in _NUMBER.findall(text)]
 
 
 def _any(patterns: Iterable[str], text: str) -> bool:

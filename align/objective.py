@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,5 +28,17 @@ class Objective(ABC):
     def __call__(self, model: nn.Module, rows: Sequence[Any]) -> tuple[Tensor, dict[str, float]]:
         """Summed loss (scalar, with a graph) and summed metrics of these rows."""
 
-    def before_step(self, model: nn.Module, rows: Sequence[Any]) -> None:  # noqa: B027 (most objectives need nothing)
-        """Called once with all rows of an optimiser step, for what the whole step has to know; nothing by default."""
+    def prepared(self, model: nn.Module, rows: Sequence[Any]) -> Sequence[Any]:
+        """Called first, with all rows of an optimiser step: the rows that it trains on; none: the step changes nothing."""
+        return rows
+
+    @property
+    def finished(self) -> bool:
+        """Whether training should end after this step, before its planned end."""
+        return False
+
+    def save(self, folder: Path) -> None:  # noqa: B027 (most objectives have no state)
+        """Writes what the objective needs besides the model to go on from here."""
+
+    def load(self, folder: Path) -> None:  # noqa: B027
+        """Reads what `save` wrote."""

@@ -12,9 +12,11 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,8 @@ from align.data.prepared import PreparedData, read_prepared, write_prepared
 from align.errors import AlignError, did_you_mean
 from align.judge import Judge
 from align.models.source import Source, located, source_of
+from align.recipe.graph import reward_references
+from align.recipe.ppo_settings import FunctionReward, JudgeReward, PpoSettings, Reward
 from align.recipe.settings import PretrainSettings, Recipe, Stage, TrainingSettings
 from align.registry.artifacts import disk_errors_explained
 from align.registry.hashing import folder_manifest, sha256_file, sha256_json
@@ -49,8 +53,8 @@ class Origin:
 class Workshop:
     """A recipe, the folder its paths are relative to, and the registry it works in.
 
-    Data, template and judge are read once: an edit while stages run is for the next run, and no key or record can name
-    other content than what was trained on.
+    Data, template, judges and reward functions are read once: an edit while stages run is for the next run, and no key or
+    record can name other content than what was trained on.
     """
 
     recipe: Recipe
@@ -58,6 +62,8 @@ class Workshop:
     registry: Registry
     _data_keys: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
     _data: dict[str, tuple[DataRecord, PreparedData]] = field(default_factory=dict, repr=False, compare=False)
+    _judges: dict[str, tuple[str, Judge]] = field(default_factory=dict, repr=False, compare=False)
+    _functions: dict[str, str | None] = field(default_factory=dict, repr=False, compare=False)
 
     def stage(self, name: str) -> Stage:
         """Settings of the stage of that name."""
@@ -85,6 +91,39 @@ class Workshop:
         if start in self.recipe.stages:
             return self._recorded(made[start]) if start in made else None
         return self._origin(start)
+
+    def reward_points(self, name: str, made: Mapping[str, CheckpointRecord]) -> dict[str, Origin] | None:
+        """The reward models of a stage by the `from:` that names them; None while one of them has not been made.
+
+        Raises AlignError for a checkpoint that is no reward model, whatever is still to be made.
+        """
+        stages, references = self.recipe.stages, reward_references(self.stage(name))
+        found = {
+            reference: self.reward_point(name, reference, made.get(reference))
+            for reference in references
+            if reference not in stages or reference in made
+        }
+        return found if len(found) == len(references) else None
+
+    def reward_point(self, name: str, reference: str, made: CheckpointRecord | None = None) -> Origin:
+        """One reward model of a stage. made: what a stage of this recipe made, where the reference names one."""
+        try:
+            origin = self._recorded(made) if made else self._origin(reference, scores=True)
+        except AlignError as error:
+            error.message = f"stage '{name}': its reward '{reference}': {error.message}"
+            raise
+        if not origin.source.is_reward:
+            raise AlignError(
+                f"stage '{name}': its reward '{reference}' is a language model, not a reward model",
+                "Name a stage of kind reward, or a checkpoint that `align checkpoints list` shows as one.",
+            )
+        return origin
+
+    def judges(self, name: str) -> dict[str | None, Judge]:
+        """The judges among the rewards of a stage, by the file that the recipe names; None is that of `evaluation:`."""
+        files = {term.file for term in _terms(self.stage(name)) if isinstance(term, JudgeReward)}
+        judges = {file: self._judge_of(file)[1] if file else self.judge() for file in files}
+        return {file: judge for file, judge in judges.items() if judge is not None}
 
     def data_names(self, name: str) -> list[str]:
         """Data sets that a stage reads: what it trains on, and the one whose held-out prompts are answered."""
@@ -114,13 +153,14 @@ class Workshop:
             write_prepared(prepared, aside)
         return self.registry.add_data(self.full_name(name), self.data_key(name), aside, prepared.report.as_dict())
 
-    def key(self, name: str, origin: Origin) -> str:
-        """Cache key of a stage that starts at `origin`."""
-        return sha256_json(self.ingredients(name, origin))
+    def key(self, name: str, origin: Origin, rewards: Mapping[str, Origin]) -> str:
+        """Cache key of a stage that starts at `origin` and is scored by `rewards` (see `reward_points`)."""
+        return sha256_json(self.ingredients(name, origin, rewards))
 
-    def ingredients(self, name: str, origin: Origin) -> dict[str, Any]:
+    def ingredients(self, name: str, origin: Origin, rewards: Mapping[str, Origin]) -> dict[str, Any]:
         """All that the key of a stage is made from, readable: the plan names what differs."""
         evaluation = self.recipe.evaluation
+        scored = self._scored_with(name, rewards) if isinstance(self.stage(name), PpoSettings) else {}
         return {
             "settings": stage_settings(self.stage(name)),
             "seed": self.seed(name),
@@ -130,20 +170,50 @@ class Workshop:
             "judge": self._judge_file[0],
             "evaluation": evaluation.model_dump(mode="json", exclude={"judge", "samples"}),
             "versions": {"numerics": str(NUMERICS), **library_versions()},
+            **scored,
         }
 
-    def _origin(self, reference: str) -> Origin:
+    def _scored_with(self, name: str, rewards: Mapping[str, Origin]) -> dict[str, Any]:
+        """Content of all that scores the responses of a ppo stage; a function's module counts, what it imports does not."""
+        terms = _terms(self.stage(name))
+        files = {term.file for term in terms if isinstance(term, JudgeReward) and term.file}
+        return {
+            "rewards": {reference: origin.id for reference, origin in rewards.items()},
+            "judges": {file: self._judge_of(file)[0] for file in files},
+            "functions": {term.name: self._function_sha256(term) for term in terms if isinstance(term, FunctionReward)},
+        }
+
+    def _origin(self, reference: str, *, scores: bool = False) -> Origin:
+        """scores: it is to give rewards, so `revision:`, which is about the recipe's model, says nothing of it."""
         as_path = self.folder / reference
         if as_path.exists():
-            return self._foreign(str(as_path), reference)
+            return self._foreign(str(as_path), reference, scores=scores)
         try:
             record = self.registry.checkpoint(reference)
         except AlignError as unknown:  # no name of the registry: a hub id, unless it is nearly a name that we have
             names = {record.name for record in self.registry.all_checkpoints()}
             if difflib.get_close_matches(reference, names, n=1, cutoff=0.8):
                 raise unknown
-            return self._foreign(reference, reference)
+            stages = difflib.get_close_matches(reference, self.recipe.stages, n=1, cutoff=0.6)
+            if stages and "/" not in reference:  # a hub id has a slash
+                raise AlignError(unknown.message, f"Did you mean '{stages[0]}'?") from None
+            return self._foreign(reference, reference, scores=scores)
         return self._recorded(record)
+
+    def _judge_of(self, file: str) -> tuple[str, Judge]:
+        """Hash of a judge's file, and the judge."""
+        if file not in self._judges:
+            path = existing_file(self.folder / file)
+            self._judges[file] = sha256_file(path), Judge.load(path)
+        return self._judges[file]
+
+    def _function_sha256(self, term: FunctionReward) -> str | None:
+        """Hash of the file that holds a reward function; None where its module is no file."""
+        if term.name not in self._functions:
+            spec = module_spec(term.name.partition(":")[0])
+            file = Path(spec.origin) if spec and spec.origin else None
+            self._functions[term.name] = sha256_file(file) if file and file.is_file() else None
+        return self._functions[term.name]
 
     def judge(self) -> Judge | None:
         """The judge that marks answers, if the recipe names one."""
@@ -157,10 +227,7 @@ class Workshop:
     def _judge_file(self) -> tuple[str | None, Judge | None]:
         """Hash of the judge's file, and the judge."""
         path = self.recipe.evaluation.judge
-        if not path:
-            return None, None
-        file = existing_file(self.folder / path)
-        return sha256_file(file), Judge.load(file)
+        return self._judge_of(path) if path else (None, None)
 
     @cached_property
     def _template_file(self) -> tuple[str | None, str | None]:
@@ -175,14 +242,14 @@ class Workshop:
         except UnicodeDecodeError as error:
             raise AlignError(f"{file} is not UTF-8 (byte {error.start})", "Save the template as UTF-8.") from error
 
-    def _foreign(self, path: str, name: str) -> Origin:
+    def _foreign(self, path: str, name: str, *, scores: bool) -> Origin:
         scratch = any(isinstance(s, PretrainSettings) and s.from_scratch for s in self.recipe.stages.values())
         source = located(
             source_of(
                 path,
-                revision=self.recipe.revision,
+                revision=None if scores else self.recipe.revision,
                 trust_remote_code=self.recipe.trust_remote_code,
-                needs_weights=not scratch,
+                needs_weights=scores or not scratch,
             )
         )
         own = _content_id(Path(source.path), self.registry)
@@ -215,6 +282,21 @@ def stage_settings(stage: Stage) -> dict[str, Any]:
 def library_versions() -> dict[str, str]:
     """Versions of align and of the libraries that change numbers."""
     return {name: importlib.metadata.version(name) for name in ("align", *VERSIONS)}
+
+
+def module_spec(module: str) -> ModuleSpec | None:
+    """Where a module is, from the working folder on, without running it or a package around it; None: there is none."""
+    spec: ModuleSpec | None = None
+    path: Sequence[str] | None = [str(Path.cwd()), *sys.path]
+    parts = module.split(".")
+    for number in range(len(parts)):
+        spec = PathFinder.find_spec(".".join(parts[: number + 1]), path) if path is not None else None
+        path = spec.submodule_search_locations if spec else None
+    return spec
+
+
+def _terms(stage: Stage) -> list[Reward]:
+    return [*stage.reward, *stage.watch] if isinstance(stage, PpoSettings) else []
 
 
 def existing_file(path: Path) -> Path:

@@ -46,7 +46,7 @@ def _refuse_unless_same(workshop: Workshop, record: RunRecord, planned: list[Pla
     hint = f"`align run RECIPE --stage {record.stage}` starts afresh on what is there now."
     if changed := [entry for entry in before if entry.action != "reuse"]:
         raise AlignError(
-            f"run {record.id} cannot go on: stage '{changed[0].name}', which it starts from, is not what it was "
+            f"run {record.id} cannot go on: stage '{changed[0].name}', which it needs, is not what it was "
             f"({changed[0].why})",
             hint,
         )
@@ -65,7 +65,8 @@ def _refuse_unless_same(workshop: Workshop, record: RunRecord, planned: list[Pla
 def _changes(workshop: Workshop, record: RunRecord) -> list[str]:
     """What decides the result and is not as it was when the run began."""
     made = {entry.name: entry.made for entry in plan(workshop, [record.stage]) if entry.made is not None}
-    origin = workshop.starting_point(record.stage, made)
+    origin, rewards = workshop.starting_point(record.stage, made), workshop.reward_points(record.stage, made)
     assert origin is not None, "a stage before this one was missing, and that has been refused"
-    now = workshop.ingredients(record.stage, origin)
+    assert rewards is not None, "the same"
+    now = workshop.ingredients(record.stage, origin, rewards)
     return differences({part: record.settings.get(part) for part in now}, now)

@@ -5,27 +5,27 @@ A stage gets checked paths and values and writes into an empty folder; only this
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align.checks import check_loggers, check_rows, check_start
+from align.checks import check_loggers, check_ppo, check_rows, check_start
 from align.data.examples import Document, Question
 from align.data.prepared import DataReport, PreparedData
 from align.data.split import without_questions_of
-from align.judge import Judge
 from align.origins import Origin, Workshop, library_versions
 from align.plan import PlannedStage, plan, planned_stage
 from align.progress import Progress
 from align.recipe.file import resolved
 from align.recipe.graph import needed
-from align.recipe.settings import TrainingSettings
+from align.recipe.ppo_settings import ModelReward, PpoSettings
+from align.recipe.settings import Stage, TrainingSettings
 from align.registry.artifacts import disk_errors_explained
 from align.registry.hashing import sha256_file
 from align.registry.records import CheckpointRecord, DataUse
-from align.stages.stage import Inputs
+from align.stages.stage import Inputs, RewardInput
 
 if TYPE_CHECKING:
     from align.registry.run import Run
@@ -35,6 +35,7 @@ STAGES = {  # kind of a stage -> the module whose `run` makes it; imported when 
     "sft": "align.stages.sft",
     "reward": "align.stages.reward",
     "dpo": "align.stages.dpo",
+    "ppo": "align.stages.ppo",
     "merge": "align.stages.merge",
 }
 
@@ -81,23 +82,49 @@ def run_recipe(
     for name in order:
         check_rows_of(workshop, name, prepared)
     check_loggers(workshop.recipe.log_to)
-    judge = workshop.judge()
+    workshop.judge()
     for entry in plan(workshop, stages, force):
         if entry.made is None:
-            check_start(workshop, entry.name)
+            check_start(workshop, entry.name, prepared)
+            check_ppo(workshop, entry.name, prepared)
     made: dict[str, CheckpointRecord] = {}
     done = []
     for name in order:
         planned = planned_stage(workshop, name, made, forced=name in force)
         progress.note(f"{workshop.full_name(name)}: {planned.action} ({planned.why})")
         if planned.made is None:
-            origin = workshop.starting_point(name, made)
-            assert origin is not None, "stages before this one have just been made"
-            made[name] = _execute(workshop, name, origin, prepared, judge, progress, forced=name in force)
+            inputs = _gathered(workshop, name, made)
+            made[name] = _execute(workshop, name, inputs, prepared, progress, forced=name in force)
         else:
             made[name] = _named(workshop, name, planned.made)
         done.append(Done(planned, made[name]))
     return done
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """The checkpoints that a stage works on: where it starts, and the reward models that it is scored with."""
+
+    start: Origin
+    rewards: Mapping[str, Origin]
+
+    def parents(self, settings: Stage) -> list[str]:
+        """Ids of what the stage's weights come from: its start, then the reward models that it learns from."""
+        terms = settings.reward if isinstance(settings, PpoSettings) else []
+        learnt = [self.rewards[term.from_].id for term in terms if isinstance(term, ModelReward)]
+        return list(dict.fromkeys([self.start.id, *learnt]))
+
+    def as_inputs(self) -> dict[str, Any]:
+        """Names and ids, as a run records them."""
+        rewards = {name: origin.id for name, origin in self.rewards.items()}
+        return {"parent": self.start.name, "parent_id": self.start.id, **({"rewards": rewards} if rewards else {})}
+
+
+def _gathered(workshop: Workshop, name: str, made: Mapping[str, CheckpointRecord]) -> _Weights:
+    origin, rewards = workshop.starting_point(name, made), workshop.reward_points(name, made)
+    assert origin is not None, "stages before this one have just been made"
+    assert rewards is not None, "stages before this one have just been made"
+    return _Weights(origin, rewards)
 
 
 def _named(workshop: Workshop, name: str, reused: CheckpointRecord) -> CheckpointRecord:
@@ -111,17 +138,17 @@ def _named(workshop: Workshop, name: str, reused: CheckpointRecord) -> Checkpoin
 def _execute(
     workshop: Workshop,
     name: str,
-    origin: Origin,
+    weights: _Weights,
     prepared: dict[str, PreparedData],
-    judge: Judge | None,
     progress: Progress,
     *,
     forced: bool,
 ) -> CheckpointRecord:
     """Run one stage and register what it made; a run of the same key that was stopped goes on, unless forced anew."""
     settings, registry = workshop.stage(name), workshop.registry
-    ingredients, uses = workshop.ingredients(name, origin), data_uses(workshop, name)
-    stopped = None if forced else registry.resumable(workshop.key(name, origin))
+    ingredients = workshop.ingredients(name, weights.start, weights.rewards)
+    key, uses = workshop.key(name, weights.start, weights.rewards), data_uses(workshop, name)
+    stopped = None if forced else registry.resumable(key)
     begun = (
         registry.resume_run(stopped.id)
         if stopped
@@ -129,21 +156,21 @@ def _execute(
             recipe=workshop.recipe.name,
             stage=name,
             kind=settings.kind,
-            key=workshop.key(name, origin),
+            key=key,
             settings={**ingredients, "recipe": resolved(workshop.recipe), "folder": str(workshop.folder)},
-            inputs={"parent": origin.name, "parent_id": origin.id, "data": {use.name: use.id for use in uses}},
+            inputs={**weights.as_inputs(), "data": {use.name: use.id for use in uses}},
             seed=workshop.seed(name),
         )
     )
     with begun as run:
-        inputs = _inputs(workshop, name, origin, prepared, judge, run)
+        inputs = _inputs(workshop, name, weights, prepared, run)
         stage = import_module(STAGES[settings.kind])
         with disk_errors_explained(run.work):
             outcome = stage.run(settings, inputs, run.artifact, RunProgress(progress, run))
         return run.finish_checkpoint(
             name=workshop.full_name(name),
             kind=outcome.kind,
-            parents=[origin.id],
+            parents=weights.parents(settings),
             data=uses,
             template_sha256=outcome.template_sha256,
             tokenizer_sha256=_tokenizer_sha256(run.artifact),
@@ -162,9 +189,8 @@ def _tokenizer_sha256(folder: Path) -> str | None:
 def _inputs(
     workshop: Workshop,
     name: str,
-    origin: Origin,
+    weights: _Weights,
     prepared: dict[str, PreparedData],
-    judge: Judge | None,
     run: Run,
 ) -> Inputs:
     settings, recipe = workshop.stage(name), workshop.recipe
@@ -175,17 +201,19 @@ def _inputs(
     )
     asked = recipe.evaluation.prompts
     return Inputs(
-        parent=origin.source,
-        parent_id=origin.id,
+        parent=weights.start.source,
+        parent_id=weights.start.id,
         data=data,
         questions=_questions(prepared[asked] if asked else data, data, run),
-        judge=judge,
+        judge=workshop.judge(),
         template=workshop.template(),
         seed=workshop.seed(name),
         evaluation=recipe.evaluation,
         work=run.work / "state",
         cache=workshop.registry.home / "cache",
         log_to=recipe.log_to,
+        rewards={name: RewardInput(origin.source, origin.id) for name, origin in weights.rewards.items()},
+        judges=workshop.judges(name),
     )
 
 

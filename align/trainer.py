@@ -12,14 +12,16 @@ import math
 import os
 import signal
 import time
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -34,10 +36,16 @@ from align.recipe.settings import TrainingSettings
 from align.state import complete_states, mark_complete, step_of
 from align.stopping import stop_requested, stops_at_boundary
 
+TRAINED = "trained.safetensors"  # in a state: the weights that train, and no others
+
 
 @dataclass(frozen=True)
 class Task:
-    """All that one training needs. `held_out` rows are only measured; `state` keeps what a resumed run needs."""
+    """All that one training needs. `held_out` rows are only measured; `state` keeps what a resumed run needs.
+
+    stream: the rows of each optimiser step; None: shuffled epochs. own_rates: peak learning rates of parameters, by
+    name, where they differ from the settings'; their gradients are clipped apart from the others.
+    """
 
     model: nn.Module
     objective: Objective
@@ -47,14 +55,16 @@ class Task:
     seed: int
     state: Path
     log_to: Sequence[str] = ()
+    stream: Stream | None = None
+    own_rates: Mapping[str, float] = field(default_factory=dict)
 
 
 def train(task: Task, progress: Progress) -> int:
-    """Train the model in place, going on from the last complete state if there is one. Returns the steps of the run.
+    """Train the model in place, going on from the last complete state if there is one. Returns the steps that were made.
 
     Raises StageFailed when loss or gradient is not finite, Interrupted when a signal asked to stop.
     """
-    stream = RowStream(len(task.rows), task.settings, task.seed)
+    stream = task.stream or RowStream(len(task.rows), task.settings, task.seed)
     states = complete_states(task.state)
     trainer = _StepTrainer(task, stream, progress)
     done = step_of(states[-1]) if states else 0
@@ -70,7 +80,7 @@ def train(task: Task, progress: Progress) -> int:
             f"stopped by {signal.Signals(number).name} after step {trainer.state.global_step} of {len(stream)}; its state is saved",
             "The same command goes on from there.",
         )
-    return len(stream)
+    return int(trainer.state.global_step)
 
 
 def steps_of(rows: int, settings: TrainingSettings) -> int:
@@ -84,7 +94,15 @@ def _rows_of_run(rows: int, settings: TrainingSettings) -> int:
     return max(1, round(settings.epochs * rows))
 
 
-class RowStream(Sampler[list[int]]):
+class Stream(Sampler[list[int]]):
+    """Row numbers of each optimiser step. The same numbers in the same order whenever it is asked."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Optimiser steps of the run."""
+
+
+class RowStream(Stream):
     """Row numbers of each optimiser step: one shuffled epoch after the other, cut into batches across their seams."""
 
     def __init__(self, rows: int, settings: TrainingSettings, seed: int) -> None:
@@ -133,7 +151,7 @@ def measure(
     sums: Counter[str] = Counter()
     with torch.no_grad():
         with autocast(model, settings.precision):
-            objective.before_step(model, rows)
+            rows = objective.prepared(model, rows)
         for group in micro_batches([objective.tokens(row) for row in rows], settings.batch_tokens):
             with autocast(model, settings.precision):
                 loss, more = objective(model, [rows[i] for i in group])
@@ -155,7 +173,7 @@ class _StepTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
 
     bar: Bar
 
-    def __init__(self, task: Task, stream: RowStream, progress: Progress) -> None:
+    def __init__(self, task: Task, stream: Stream, progress: Progress) -> None:
         self.task, self.stream, self.progress = task, stream, progress
         self._sums: Counter[str] = Counter()
         self._weight = 0.0
@@ -174,12 +192,14 @@ class _StepTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
         model.train()
         objective, settings = self.task.objective, self.task.settings
         self._current = [number for number, _ in inputs]
-        rows = [row for _, row in inputs]
-        lengths = [objective.tokens(row) for row in rows]
-        weight = objective.weight(rows)
         total = torch.zeros((), device=self.args.device)
         with autocast(model, settings.precision):
-            objective.before_step(model, rows)
+            rows = objective.prepared(model, [row for _, row in inputs])
+        if not rows:
+            self.bar.advance(1)
+            return total
+        lengths = [objective.tokens(row) for row in rows]
+        weight = objective.weight(rows)
         for group in micro_batches(lengths, settings.batch_tokens):
             with autocast(model, settings.precision):
                 loss, sums = objective(model, [rows[i] for i in group])
@@ -194,7 +214,11 @@ class _StepTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
         return mean
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        norm = super()._clip_grad_norm(model)
+        own = self.task.own_rates
+        named = [(name, weight) for name, weight in model.named_parameters() if weight.grad is not None]
+        limit = self.args.max_grad_norm
+        self.accelerator.clip_grad_norm_([weight for name, weight in named if name in own], limit)
+        norm = self.accelerator.clip_grad_norm_([weight for name, weight in named if name not in own], limit)
         self._refuse_unless_finite("gradient norm", float(norm))
         return norm
 
@@ -222,6 +246,25 @@ class _StepTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
         self._since += time.perf_counter() - began  # not a time in which tokens are trained
         self.progress.metrics(self.state.global_step, {f"eval.{name}": value for name, value in numbers.items()})
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        _split_groups(optimizer, self.model, self.task.own_rates)
+        return optimizer  # type: ignore[no-any-return]
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(str(output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(_trained(self.model), folder / TRAINED)
+        self.task.objective.save(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        saved, trained = load_file(folder / TRAINED), _trained(self.model)
+        assert saved.keys() == trained.keys(), "a state is only resumed by the run that saved it"
+        for name, values in saved.items():
+            trained[name].copy_(values)
+        self.task.objective.load(folder)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with quiet():
             super()._save_checkpoint(model, trial)
@@ -240,8 +283,25 @@ class _AtStepEnd(TrainerCallback):  # type: ignore[misc]
             control.should_log = True
         if stop_requested():
             control.should_save = control.should_log = control.should_training_stop = True
+        elif self.trainer.task.objective.finished:
+            control.should_log = control.should_training_stop = True
         elif state.global_step % self.every == 0:
             self.trainer.measure_held_out()
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    """What an optimiser step may change, by name; tied weights once."""
+    return {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def _split_groups(optimizer: torch.optim.Optimizer, model: nn.Module, rates: Mapping[str, float]) -> None:
+    """Moves parameters with a learning rate of their own into groups of their own."""
+    own = {id(weight): rates[name] for name, weight in model.named_parameters() if name in rates}
+    for group in list(optimizer.param_groups):
+        for rate in sorted({own[id(weight)] for weight in group["params"] if id(weight) in own}):
+            moved = [weight for weight in group["params"] if own.get(id(weight)) == rate]
+            group["params"] = [weight for weight in group["params"] if own.get(id(weight)) != rate]
+            optimizer.add_param_group({**group, "params": moved, "lr": rate})
 
 
 class _Rows:

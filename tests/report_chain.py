@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import AlignError
-from align.recipe.settings import DpoSettings, SftSettings
+from align.recipe.settings import DpoSettings, PpoSettings, SftSettings
 from align.registry import CheckpointRecord, DataUse, Registry
 
 HOSTILE = [
@@ -41,13 +41,18 @@ def add_data(registry: Registry, folder: Path, name: str, **info: Any) -> DataUs
 
 
 def add_stage(registry: Registry, stage: str, kind: str, parent: tuple[str, str], **given: Any) -> CheckpointRecord:
-    """parent: (name, id). given: data, settings, metrics, samples, steps, form, recipe."""
+    """parent: (name, id). given: data, settings, metrics, samples, steps, form, recipe, rewards (name -> id), rows."""
     data, steps = given.get("data", []), given.get("steps", 300)
     recipe = given.get("recipe", "harbour")
     run = registry.begin_run(
         recipe=recipe, stage=stage, kind=kind, key=f"key-{stage}", seed=0,
-        settings={"settings": {"kind": kind, **given.get("settings", {})}, "versions": VERSIONS},
-        inputs={"parent": parent[0], "parent_id": parent[1], "data": {use.name: use.id for use in data}},
+        settings={
+            "settings": {"kind": kind, **given.get("settings", {})}, "versions": VERSIONS,
+        },
+        inputs={
+            "parent": parent[0], "parent_id": parent[1], "data": {use.name: use.id for use in data},
+            "rewards": given.get("rewards", {}),
+        },
     )  # fmt: skip
     with run:
         for step in range(1, steps + 1):
@@ -60,9 +65,11 @@ def add_stage(registry: Registry, stage: str, kind: str, parent: tuple[str, str]
             if kind in ("dpo", "reward"):
                 row |= {"train.margin": 0.9 - 0.9 * math.exp(-step / 90) + noise / 3, "train.accuracy": 0.9 - fall / 5}
             run.log_metrics(step, row)
+        for step, row in given.get("rows", {}).items():
+            run.log_metrics(step, row)
         (run.artifact / "model.safetensors").write_text(stage + recipe)
         return run.finish_checkpoint(
-            name=f"{recipe}/{stage}", kind=given.get("form", "model"), parents=[parent[1]], data=data,
+            name=f"{recipe}/{stage}", kind=given.get("form", "model"), data=data, parents=[parent[1], *given.get("rewards", {}).values()],
             metrics=given.get("metrics", {}), samples=given.get("samples", []), versions=VERSIONS,
             template_sha256="ab" * 32,
         )  # fmt: skip
@@ -98,6 +105,88 @@ DPO = {
     "before.accuracy": estimate(0.71, 0.05), "after.accuracy": estimate(0.89, 0.04),
     "before.margin": estimate(0.0, 0.0), "after.margin": estimate(1.31, 0.12), "after.kl": estimate(0.42, 0.05),
 }  # fmt: skip
+
+
+PROOF = [
+    {"check": "KL to the reference is 0", "value": 3.1e-8, "limit": 1e-6, "holds": True},
+    {"check": "the ratio is 1 in the first minibatch", "value": 4.8e-7, "limit": 1e-4, "holds": True},
+    {"check": "rewards equal those of align score", "value": 0.0, "limit": 1e-5, "holds": True},
+    {"check": "no reward sits on a pad token", "value": 0, "limit": 0, "holds": True},
+    {"check": "values are finite", "value": 0, "limit": 0, "holds": True},
+]
+GUARDS = [
+    {"round": n, "guard": "kl", "value": n - 2.8, "limit": 30.0, "said": f"KL is {n - 2.8:.1f} nats per response"}
+    for n in range(33, 38)
+] + [{"round": 36, "guard": "length", "value": 0.84, "limit": 0.8, "said": "reward follows length"}]
+PPO = {
+    "before.judge.score": estimate(0.78, 0.03), "after.judge.score": estimate(0.88, 0.025),
+    "before.reward": estimate(0.21, 0.12), "after.reward": estimate(1.74, 0.11), "change.reward": estimate(1.53, 0.13),
+    "after.kl": estimate(0.31, 0.04), "after.kl_sequence": estimate(6.4, 0.7),
+    "before.length": estimate(21.2, 1.1), "after.length": estimate(24.9, 1.0),
+    "before.finished": estimate(0.97, 0.02), "after.finished": estimate(0.99, 0.01),
+    "before.distinct": 0.71, "after.distinct": 0.55, "before.reference_perplexity": estimate(3.1, 0.2),
+    "after.reference_perplexity": estimate(4.4, 0.3),
+    "before.watch.second": estimate(0.3, 0.05), "after.watch.second": estimate(0.79, 0.04),
+    "proof": PROOF, "guards": GUARDS, "stopped_by": "kl", "rounds": 38, "estimator": "gae",
+}  # fmt: skip
+LONG_ANSWER = "She keeps the key by the door, and the door by the pier. " * 8
+PPO_SAMPLES = [
+    sample | {"before_reward": -0.4, "after_reward": 1.9, "over_time": [
+        {"round": 0, "text": sample["before"], "reward": -0.4},
+        {"round": 12, "text": LONG_ANSWER, "reward": 0.35},
+        {"round": 25, "text": "Mara keeps it. Knock first.", "reward": 1.2},
+        {"round": 38, "text": sample["after"], "reward": 1.9},
+    ]} for sample in SAMPLES
+]  # fmt: skip
+
+
+def ppo_rows(rounds: int = 38, steps: int = 16) -> dict[int, dict[str, float]]:
+    """What a ppo run logs, by optimiser step: a reward that rises and saturates, a KL that does not."""
+    found: dict[int, dict[str, float]] = {}
+    for number in range(rounds):
+        learnt, noise = 1 - math.exp(-number / 14), math.sin(number * 12.9898) * math.cos(number * 4.1)
+        kl = 34 * (number / rounds) ** 2 + abs(noise) / 2
+        row = {
+            "number": number, "reward": 0.2 + 1.6 * learnt + 0.12 * noise, "reward_std": 0.9 - 0.3 * learnt,
+            "reward.reward": 0.2 + 1.4 * learnt, "reward.length": 0.2 * learnt - 0.1, "watch.second": 0.3 + learnt / 2,
+            "kl": kl, "kl_token": kl / 22, "entropy": 2.1 - 0.9 * learnt + 0.05 * noise, "length": 21 + 4 * learnt + noise,
+            "finished": 0.96 + 0.03 * learnt, "kl_coefficient": 0.05 * (1 + number / 40), "mismatch": 1e-7,
+            "value_explained": 1 - math.exp(-number / 5) * 1.6, "repetition": 0.02, "length_correlation": 0.1 + learnt / 2,
+        }  # fmt: skip
+        for step in range(number * steps + 1, number * steps + steps + 1):
+            swing = 0.02 * math.sin(step * 7.7)
+            found[step] = {
+                "train.policy_loss": -0.02 + swing, "train.value_loss": 0.4 - 0.3 * learnt + swing, "train.grad_norm": 1.0,
+                "train.clip_fraction": 0.08 + swing, "train.value_clip_fraction": 0.15 - 0.1 * learnt + swing / 2,
+                "train.round_kl": 0.01 + swing / 4, "train.loss": 0.1 + swing, "train.learning_rate": 1e-5,
+            }  # fmt: skip
+        found[number * steps + steps] |= {f"round.{name}": value for name, value in row.items()}
+        if number % 9 == 0 or number == rounds - 1:
+            measured = {"reward": row["reward"] - 0.05, "kl": kl, "judge_score": 0.78 + 0.1 * learnt}
+            measured |= {"length": row["length"], "watch.second": 0.28 + learnt / 2}
+            found[number * steps + steps] |= {f"eval.{name}": value for name, value in measured.items()}
+    return found
+
+
+def add_policy(registry: Registry, **given: Any) -> CheckpointRecord:
+    """Stage `policy` of recipe `harbour`: ppo from its adapter for the reward of its reward model."""
+    start, reward = (registry.checkpoint(f"harbour/{name}") for name in ("adapter", "reward"))
+    pairs = next(use for use in reward.data if use.name == "preferences")
+    settings = PpoSettings(
+        kind="ppo", prompts="preferences", reward=["reward", {"kind": "length", "target_tokens": 24}],
+        watch=["second"], kl_target=6.0, guards={"stop_on": ["kl"]},
+    ).model_dump(mode="json", by_alias=True)  # fmt: skip
+    given = {
+        "metrics": PPO,
+        "samples": PPO_SAMPLES,
+        "settings": settings,
+        "rows": ppo_rows(),
+        "steps": 0,
+        "data": [pairs],
+    } | given
+    return add_stage(
+        registry, "policy", "ppo", (start.name, start.id), rewards={"reward": reward.id}, form="adapter", **given
+    )
 
 
 def filled_registry(folder: Path) -> Registry:

@@ -27,6 +27,15 @@ stages:
 """
 
 
+PPO = """\
+name: harbour
+model: org/name
+data: {prompts: data/prompts.jsonl}
+stages:
+  policy: {kind: ppo, reward: other/reward, prompts: prompts}
+"""
+
+
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -101,6 +110,72 @@ def test_the_readme_example_of_an_error_is_what_is_said(recipe):
 def test_each_mistake_is_named_with_its_line(recipe, old, new, words):
     assert old in GOOD
     assert words in message(recipe(GOOD.replace(old, new, 1)))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("other/reward", "3", "'reward' of stage 'policy' is 3; it must be the name of a reward model, a mapping of settings or a list of these."),
+        ("other/reward", "[a, 3]", "part 2 of 'reward' of stage 'policy' is 3; it must be the name of a reward model or a mapping"),
+        ("other/reward", "[]", "r.yaml:5: 'reward' of stage 'policy' is empty; it needs at least one entry."),
+        ("other/reward", "{kind: regexx}", "unknown kind 'regexx' of 'reward' of stage 'policy'. Did you mean 'regex'?"),
+        ("other/reward", "[a, {kind: regexx}]", "unknown kind 'regexx' of part 2 of 'reward' of stage 'policy'. Did you mean"),
+        ("other/reward", "{from: a}", "'reward' of stage 'policy' has no 'kind'.\n  Known kinds: model, judge, exact_match,"),
+        ("other/reward", "{kind: model}", "'reward' of stage 'policy' has no 'from'."),
+        ("other/reward", "{kind: judge, wieght: 1}", "unknown key 'wieght' in 'reward' of stage 'policy'. Did you mean 'weight'?"),
+        ("other/reward", "{kind: judge, target_tokens: 1}", "It belongs in 'reward' of kind length."),
+        ("other/reward", "{kind: judge, weight: 0}", "'weight' of 'reward' of stage 'policy': a weight of 0 leaves this reward"),
+        ("other/reward", "{kind: regex, pattern: '('}", "'pattern' of 'reward' of stage 'policy': '(' is no regular expression"),
+        ("other/reward", "{kind: length, target_tokens: x}", "'target_tokens' of 'reward' of stage 'policy' is 'x'; it must be a whole"),
+        ("other/reward", "{kind: function, name: f}", "'name' of 'reward' of stage 'policy' is 'f'; it must be module:function."),
+        ("other/reward", "{kind: function, name: 'm:f'}", "stage 'policy': a reward of kind function runs Python code; read it"),
+        ("reward: other", "estimator: gea, reward: other", "unknown kind 'gea' of 'estimator' of stage 'policy'. Did you mean 'gae'?"),
+        ("reward: other", "estimator: {kind: rloo, samples: 1}, reward: other", "'samples' of 'estimator' of stage 'policy' is 1; it must"),
+        ("reward: other", "samples: 4, reward: other", "unknown key 'samples' in stage 'policy'. It belongs in 'evaluation' or 'estimator'"),
+        ("reward: other", "value: adaptr, reward: other", "one of auto, adapter, model, trunk or a mapping of settings. Did you mean 'adapter'?"),
+        ("reward: other", "guards: {kl_limit: 0}, reward: other", "'kl_limit' of 'guards' of stage 'policy' is 0; it must be a number, above 0."),
+        ("reward: other", "estimator: rloo, rollouts: 10, reward: other", "r.yaml:5: stage 'policy': rollouts is 10, no multiple of the 4 samples"),
+        ("prompts: prompts", "prompts: prmpts", "r.yaml:5: no data set 'prmpts' in this recipe. Did you mean 'prompts'?"),
+        (", prompts: prompts", "", "r.yaml:5: stage 'policy' has no 'prompts'."),
+        ("ppo, reward: other/reward, prompts", "reward, reward: x, epochs: bad, data", "'epochs' of stage 'policy' is 'bad'; it must be"),
+    ],
+)  # fmt: skip
+def test_each_mistake_of_a_ppo_stage_is_named_with_its_line(recipe, old, new, words):
+    assert old in PPO
+    assert words in message(recipe(PPO.replace(old, new, 1)))
+
+
+def test_the_short_forms_of_a_ppo_stage(recipe):
+    text = PPO.replace("other/reward", "[other/reward, {kind: judge, file: j.yaml}], watch: a-tag, estimator: rloo")
+    stage = load_recipe(recipe(text)).stages["policy"]
+    assert [(term.kind, term.weight) for term in stage.reward] == [("model", 1.0), ("judge", 1.0)]
+    assert (stage.watch[0].from_, stage.estimator.kind, stage.data) == ("a-tag", "rloo", "prompts")
+    again = recipe(json.dumps(resolved(load_recipe(recipe(text)))))
+    assert load_recipe(again).stages["policy"] == stage.model_copy(update={"seed": 0})
+
+
+@pytest.mark.parametrize(
+    ("reward", "override", "found"),
+    [
+        ("a", "reward=b", [("b", 1.0)]),
+        ("a", "reward=[b, c]", [("b", 1.0), ("c", 1.0)]),
+        ("a", "reward.weight=2", [("a", 2.0)]),
+        ("{kind: model, from: a}", "reward.weight=2", [("a", 2.0)]),
+        ("[a, b]", "reward.1.weight=2", [("a", 1.0), ("b", 2.0)]),
+        ("[a, b]", "reward.0=c", [("c", 1.0), ("b", 1.0)]),
+    ],
+)
+def test_overrides_go_through_the_short_forms_of_rewards(recipe, reward, override, found):
+    stage = load_recipe(recipe(PPO.replace("other/reward", reward)), [f"stages.policy.{override}"]).stages["policy"]
+    assert [(term.from_, term.weight) for term in stage.reward] == found
+
+
+def test_overrides_go_through_the_short_forms_of_estimator_and_value(recipe):
+    text = PPO.replace("other/reward", "a, estimator: rloo")
+    assert load_recipe(recipe(text), ["stages.policy.estimator.samples=8"]).stages["policy"].samples == 8
+    text = PPO.replace("other/reward", "a, value: trunk")
+    value = load_recipe(recipe(text), ["stages.policy.value.coefficient=0.5"]).stages["policy"].value
+    assert (value.kind, value.coefficient) == ("trunk", 0.5)
 
 
 def test_all_mistakes_are_told_at_once_in_the_order_of_the_file(recipe):

@@ -7,12 +7,15 @@ import itertools
 import pytest
 
 from align.errors import AlignError
+from align.recipe.file import load_recipe
 from align.recipe.graph import (
+    adapter_stage,
     check_graph,
     find_cycle,
     gives_adapter,
     needed,
     recipe_warnings,
+    stage_graph,
     topological_order,
     trains_adapter,
 )
@@ -20,8 +23,12 @@ from align.recipe.settings import Recipe
 
 
 def recipe(stages: dict[str, dict], data: dict | None = None, **others) -> Recipe:
-    filled = {name: {**({} if s["kind"] == "merge" else {"data": "d"}), **s} for name, s in stages.items()}
+    filled = {name: {**({} if s["kind"] in ("merge", "ppo") else {"data": "d"}), **s} for name, s in stages.items()}
     return Recipe.model_validate({"name": "r", "model": "m", "data": data or {"d": "f"}, "stages": filled, **others})
+
+
+def ppo(reward: object = "reward", **more) -> dict:
+    return {"kind": "ppo", "prompts": "d", "reward": reward, **more}
 
 
 def problems(*args, **others) -> str:
@@ -90,6 +97,30 @@ def test_a_cycle_of_stages_is_printed():
     assert problems({"a": {"kind": "sft", "from": "a"}}) == "a cycle in `from:`: a -> a."
 
 
+def test_a_cycle_through_a_reward_is_printed_with_the_keys_that_make_it():
+    stages = {"policy": ppo(), "reward": {"kind": "reward", "from": "policy"}}
+    assert problems(stages).startswith("a cycle in `from:` and `reward:`: ")
+    watched = {"policy": ppo("other/reward", watch="policy")}
+    assert problems(watched) == "a cycle in `watch:`: policy -> policy."
+
+
+@pytest.mark.parametrize(
+    "reward", ["reward", {"kind": "model", "from": "reward"}, [{"kind": "judge", "file": "f"}, "reward"]]
+)
+def test_reward_models_are_needed_before_the_policy(reward):
+    found = recipe({"policy": ppo(reward, **{"from": "sft"}), **CHAIN})
+    assert needed(found, ["policy"]) == ["sft", "reward", "policy"]
+    assert topological_order(found).index("reward") < topological_order(found).index("policy")
+    watched = recipe({"policy": ppo("other/model", watch=reward), **CHAIN})
+    assert set(needed(watched, ["policy"])) == {"sft", "reward", "policy"}
+
+
+def test_a_reward_of_the_registry_or_a_folder_is_no_edge():
+    found = recipe({"policy": ppo(["other/reward", "../folder", "a-tag"])})
+    assert stage_graph(found) == {"policy": []}
+    assert check_graph(found) == []
+
+
 def test_a_cycle_of_mixtures_is_printed():
     data = {"d": {"mix": [{"data": "e"}]}, "e": {"mix": [{"data": "d"}]}}
     assert "a cycle in `mix:`" in problems({"a": {"kind": "sft"}}, data)
@@ -130,6 +161,18 @@ def test_a_file_to_decontaminate_against_needs_no_name():
         ),
         ({"s": {"kind": "sft"}, "x": {"kind": "sft", "from": "s", "quantize": "nf4"}}, "so it needs an 'adapter'"),
         ({"s": {"kind": "sft", "adapter": {"init": "pissa"}, "quantize": "nf4"}}, "cannot go with 'quantize'"),
+        ({"r": {"kind": "reward"}, "x": ppo("r", **{"from": "r"})}, "'x' cannot start from 'r': a reward model"),
+        ({"s": {"kind": "sft", "adapter": {}}, "x": ppo("o/r", adapter={}, **{"from": "s"})}, "goes on with the adapter it"),
+        ({"s": {"kind": "sft"}, "x": ppo("s")}, "stage 'x': its reward 's' is no reward model: it is a stage of kind sft."),
+        ({"s": {"kind": "sft"}, "x": ppo("o/r", watch="s")}, "stage 'x': its watched reward 's' is no reward model"),
+        (
+            {"s": {"kind": "sft", "adapter": {}}, "m": {"kind": "merge", "from": "s"}, "x": ppo("m")},
+            "its reward 'm' is no reward model: it is a stage of kind sft.",
+        ),
+        ({"x": ppo(["o/r", "o/r"])}, "stage 'x': its reward 'o/r' stands there twice."),
+        ({"x": ppo({"kind": "judge"})}, "its reward of kind judge names no file, and `evaluation:` has no judge."),
+        ({"x": ppo("o/r", value="adapter")}, "'x' trains all weights of its policy, so its value model can be no adapter"),
+        ({"x": ppo("o/r", prompts="e")}, "no data set 'e' in this recipe."),
     ],
 )  # fmt: skip
 def test_stages_that_cannot_start_where_they_say_are_refused(stages, words):
@@ -145,6 +188,10 @@ def test_stages_that_cannot_start_where_they_say_are_refused(stages, words):
         {"s": {"kind": "sft", "adapter": {}}, "m": {"kind": "merge", "from": "s"}, "x": {"kind": "dpo", "from": "m", "adapter": {}}},
         {"s": {"kind": "sft", "adapter": {}, "quantize": "nf4"}, "x": {"kind": "dpo", "from": "s", "quantize": "nf4"}},
         {"r": {"kind": "reward"}, "q": {"kind": "reward", "from": "r"}},
+        {"r": {"kind": "reward", "adapter": {}}, "m": {"kind": "merge", "from": "r"}, "x": ppo("m")},
+        {"s": {"kind": "sft", "adapter": {}}, "x": ppo("o/r", value="adapter", **{"from": "s"})},
+        {"x": ppo("o/r", value="adapter", **{"from": "only/the-registry-knows"})},
+        {"r": {"kind": "reward"}, "x": ppo("r", watch="r")},
     ],
 )  # fmt: skip
 def test_stages_that_can_work_are_let_through(stages):
@@ -158,6 +205,24 @@ def test_what_trains_an_adapter_is_known_along_the_chain():
     }  # fmt: skip
     assert gives_adapter(found, "dpo") is True
     assert gives_adapter(found, "merged") is False
+
+
+def test_a_policy_goes_on_with_the_adapter_it_starts_from_and_learns_at_its_rate(tmp_path):
+    found = recipe({"policy": ppo(**{"from": "adapter"}), **CHAIN})
+    assert trains_adapter(found, "policy") is True
+    assert adapter_stage(found, "policy") is found.stages["adapter"]
+    file = tmp_path / "r.yaml"
+    file.write_text(found.model_dump_json(by_alias=True))
+    rates = {name: stage.learning_rate for name, stage in load_recipe(file).stages.items()}
+    assert rates["policy"] == pytest.approx(1e-5)
+
+
+def test_a_learnt_reward_that_nothing_checks_is_a_warning():
+    unseen = "stage 'policy' trains on a reward model, and with neither"
+    assert recipe_warnings(recipe({"policy": ppo()}))[0].startswith(unseen)
+    assert recipe_warnings(recipe({"policy": ppo(watch="other/reward")})) == []
+    assert recipe_warnings(recipe({"policy": ppo(["reward", {"kind": "exact_match"}])})) == []
+    assert recipe_warnings(recipe({"policy": ppo()}, evaluation={"judge": "judge.yaml"})) == []
 
 
 def test_unused_data_is_a_warning():

@@ -58,9 +58,7 @@ def resume_error(bench: Bench) -> BaseException:
 def test_changed_data_is_refused_by_name(stopped: Bench) -> None:
     file = stopped.folder / "talk.jsonl"
     file.write_text(file.read_text().replace("Heron is a boat", "Heron is a goat"))
-    with pytest.raises(
-        AlignError, match=r"stage 'sft', which it starts from, is not what it was \(changed: data.talk\)"
-    ):
+    with pytest.raises(AlignError, match=r"stage 'sft', which it needs, is not what it was \(changed: data.talk\)"):
         raise resume_error(stopped)
 
 

@@ -18,7 +18,8 @@ from transformers import (
 
 from align.errors import AlignError
 from align.rollout import generation as rollout
-from align.rollout.generation import Sampling, generate, left_padded
+from align.rollout.generation import Sampling, generate
+from align.rollout.left_padded import left_padded
 from align.rollout.sampling import choose, uniforms
 
 STOP = 2
@@ -108,19 +109,20 @@ def test_a_row_gets_the_same_answer_whatever_shares_its_batch(gpt2, monkeypatch)
     assert [reply.ids for reply in other] != [reply.ids for reply in apart]
 
 
-def test_finished_rows_leave_the_batch_and_the_others_go_on(gpt2, monkeypatch):
-    model, tokenizer = gpt2
-    prompts = encoded(tokenizer)
-    stops = {reply.ids[2] for reply in generate(model, tokenizer, prompts[:2], Sampling(8), stop_ids=[])}
+def test_finished_rows_leave_the_batch_and_the_others_go_on(loaded):
+    model, tokenizer = loaded
+    prompts, stops = encoded(tokenizer) * 2, set(range(100, 130))
     sizes = []
-    forward = rollout._forward
-    monkeypatch.setattr(rollout, "_forward", lambda *values: sizes.append(len(values[1])) or forward(*values))
-    replies = generate(model, tokenizer, prompts, Sampling(30), stop_ids=sorted(stops))
-    assert sizes[0] == 4
-    assert sizes == sorted(sizes, reverse=True)
-    for prompt, reply in zip(prompts, replies, strict=True):
-        alone = generate(model, tokenizer, [prompt], Sampling(30), stop_ids=sorted(stops))[0]
-        assert reply.ids == alone.ids
+    hook = model.register_forward_pre_hook(
+        lambda _, __, options: sizes.append(tuple(options["input_ids"].shape)), with_kwargs=True
+    )
+    replies = generate(model, tokenizer, prompts, Sampling(30, temperature=1.0, seed=1), stop_ids=sorted(stops))
+    hook.remove()
+    steps = [rows for rows, columns in sizes if columns == 1]
+    assert steps == sorted(steps, reverse=True)
+    assert sum(steps) == sum(len(reply.ids) for reply in replies) - len(prompts), "no step computes a finished row"
+    assert len({len(reply.ids) for reply in replies}) > 3
+    for reply in replies:
         assert reply.finished == (reply.ids[-1] in stops)
         assert not stops & set(reply.ids[:-1])
 
@@ -244,6 +246,61 @@ def test_the_ends_of_the_uniform_interval_never_draw_an_impossible_token():
     logits = torch.tensor([[-torch.inf, 0.0, 1.0, -torch.inf]]).expand(2, 4)
     tokens, _ = choose(logits, torch.tensor([2.0**-24, 1 - 2.0**-24]), temperature=1.0)
     assert tokens.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("vocabulary", [7, 256, 1000])
+def test_draws_agree_with_torch_multinomial_by_chi_square(vocabulary):
+    torch.manual_seed(vocabulary)
+    logits = torch.randn(1, vocabulary) * 2
+    logits[0, 3] = -torch.inf
+    drawn = uniforms(4, [0], 40_000)[0]
+    tokens = torch.cat([choose(logits.expand(len(part), -1), part, temperature=1.0)[0] for part in drawn.split(4000)])
+    want = logits[0].double().softmax(-1) * len(tokens)
+    counts, oracle = (
+        ids.bincount(minlength=vocabulary).double()
+        for ids in (tokens, torch.multinomial(logits[0].softmax(-1), len(tokens), replacement=True))
+    )
+    often = want >= 5
+    freedom = int(often.sum())
+    for found in (counts, oracle):
+        chi_square = ((found - want)[often] ** 2 / want[often]).sum()
+        assert chi_square < freedom + 5 * (2 * freedom) ** 0.5
+    assert counts[3] == 0
+
+
+def test_a_large_vocabulary_keeps_its_accuracy():
+    """150,000 near-equal tokens: a running sum in float32 must not swallow the late ones."""
+    torch.manual_seed(0)
+    logits = torch.randn(1, 150_001) * 0.1
+    drawn = torch.linspace(0.001, 0.999, 200)
+    tokens, logps = choose(logits.expand(200, -1), drawn, temperature=1.0)
+    exact = logits[0].double().softmax(-1).cumsum(0)
+    assert (exact[tokens] - drawn.double()).abs().max() < 2e-5, "within the width of a token or two"
+    assert torch.allclose(logps.double(), logits[0].double().log_softmax(-1)[tokens], atol=1e-5)
+
+
+def test_a_token_of_no_probability_is_never_drawn_whatever_the_block():
+    logits = torch.full((4096, 700), -torch.inf)
+    logits[:, [5, 255, 256, 600]] = torch.tensor([0.0, -3.0, 2.0, -20.0])
+    tokens, logps = choose(logits, uniforms(0, [0], 4096)[0], temperature=0.5)
+    assert set(tokens.tolist()) <= {5, 255, 256, 600}
+    assert logps.isfinite().all()
+    ends = choose(logits[:2], torch.tensor([2.0**-24, 1 - 2.0**-24]), temperature=1.0)[0]
+    assert ends.tolist() == [5, 256], "600 has a share of 2e-10, beyond the last uniform number"
+
+
+def test_a_running_sum_that_falls_by_rounding_leads_to_no_token_of_no_probability(monkeypatch):
+    """As on a GPU, which adds in an order of its own."""
+    plain = torch.Tensor.cumsum
+    monkeypatch.setattr(
+        torch.Tensor,
+        "cumsum",
+        lambda values, dim: plain(values, dim) + 1e-3 * torch.arange(values.shape[1]).remainder(2),
+    )
+    logits = torch.full((1, 8), -torch.inf)
+    logits[0, ::2] = 0.0
+    tokens, _ = choose(logits.expand(2001, -1), torch.linspace(2.0**-24, 1 - 2.0**-24, 2001), temperature=1.0)
+    assert set(tokens.tolist()) == {0, 2, 4, 6}
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from align.cli.recipes import recipe_group
 from align.recipe.reference import recipe_schema, settings_page
 from align.recipe.settings import Recipe
-from align.recipe.types import LOSS_MODELS, STAGE_MODELS, in_words, keys_of, places_of
+from align.recipe.types import BLOCKS, STAGE_MODELS, UNIONS, in_words, keys_of, places_of
 from align.recipe.yaml_text import parse_yaml
 
 ROOT = Path(__file__).parents[1]
@@ -26,12 +26,13 @@ def test_the_settings_page_is_fresh():
 
 def test_every_key_of_every_model_stands_on_the_page_with_a_sentence():
     page = settings_page()
-    for model in (Recipe, *STAGE_MODELS.values(), *LOSS_MODELS.values()):
+    unions = {f"{union}: {kind}": model for union, models in UNIONS.items() for kind, model in models.items()}
+    for model in (Recipe, *STAGE_MODELS.values(), *unions.values(), *BLOCKS.values()):
         for key, field in keys_of(model).items():
             assert field.description or key == "kind"
             assert f"| `{key}` |" in page or key == "kind"
-    for kind in (*STAGE_MODELS, *LOSS_MODELS):
-        assert re.search(rf"^## (kind|loss): {kind}$", page, re.MULTILINE)
+    for title in (*(f"kind: {kind}" for kind in STAGE_MODELS), *unions, *BLOCKS):
+        assert re.search(rf"^## {re.escape(title)}$", page, re.MULTILINE)
 
 
 def test_the_commands_print_them():
@@ -56,6 +57,9 @@ def test_show_prints_the_resolved_recipe_and_its_yaml_reads_back():
         ("label_smoothing", ["'loss' of kind sigmoid or robust"]),
         ("rows", ["'evaluation'"]),
         ("beta", ["a stage of kind dpo"]),
+        ("kl_limit", ["'guards'"]),
+        ("divide_by_std", ["'estimator' of kind grpo"]),
+        ("pattern", ["'reward' of kind regex"]),
         ("nonsense", []),
     ],
 )
@@ -98,6 +102,8 @@ def flaws(value: Any, schema: dict[str, Any], root: dict[str, Any], where: str =
     if kind in ("integer", "number"):
         return _range_flaws(value, schema, where)
     if kind == "array":
+        if len(value) < schema.get("minItems", 0):
+            return [f"{where}: too short"]
         return [flaw for i, item in enumerate(value) for flaw in flaws(item, schema["items"], root, f"{where}.{i}")]
     return _object_flaws(value, schema, root, where) if kind == "object" else []
 
@@ -153,6 +159,45 @@ def test_the_schema_accepts_every_shipped_recipe(path):
         ({"stages": {"s": {"kind": "sft", "data": "d", "epochs": 0}}}, True),
         ({"stages": {"s": {"kind": "sft", "data": "d", "bata": 1}}}, True),
         ({"stages": {"s": {"kind": "sft"}}}, True),
+        ({"stages": {"s": {"kind": "ppo", "prompts": "d", "reward": "r"}}}, False),
+        (
+            {
+                "stages": {
+                    "s": {
+                        "kind": "ppo",
+                        "prompts": "d",
+                        "reward": ["r", {"kind": "judge"}],
+                        "watch": {"kind": "exact_match"},
+                    }
+                }
+            },
+            False,
+        ),
+        (
+            {"stages": {"s": {"kind": "ppo", "prompts": "d", "reward": {"kind": "model", "from": "r", "weight": -1}}}},
+            False,
+        ),
+        ({"stages": {"s": {"kind": "ppo", "prompts": "d", "reward": 3}}}, True),
+        ({"stages": {"s": {"kind": "ppo", "prompts": "d", "reward": {"kind": "length"}}}}, True),
+        ({"stages": {"s": {"kind": "ppo", "prompts": "d", "reward": ["r", {"kind": "regexx"}]}}}, True),
+        ({"stages": {"s": {"kind": "ppo", "prompts": "d", "reward": []}}}, True),
+        (
+            {"stages": {"s": {"kind": "ppo", "prompts": "d", "reward": "r", "estimator": "rloo", "value": "auto"}}},
+            False,
+        ),
+        ({"stages": {"s": {"kind": "ppo", "prompts": "d", "reward": "r", "estimator": "gea"}}}, True),
+        (
+            {
+                "stages": {
+                    "s": {"kind": "ppo", "prompts": "d", "reward": "r", "estimator": {"kind": "gae", "lambda": 0.9}}
+                }
+            },
+            False,
+        ),
+        ({"stages": {"s": {"kind": "ppo", "prompts": "d", "reward": "r", "value": "adaptr"}}}, True),
+        ({"stages": {"s": {"kind": "ppo", "prompts": "d", "reward": "r", "value": {"kind": "trunk"}}}}, False),
+        ({"stages": {"s": {"kind": "ppo", "prompts": "d", "reward": "r", "guards": {"stop_on": ["kl"]}}}}, False),
+        ({"stages": {"s": {"kind": "ppo", "prompts": "d", "reward": "r", "data": "d"}}}, True),
     ],
 )
 def test_schema_and_reader_agree(change, flawed):

@@ -97,6 +97,11 @@ class Encoder:
         """What generation is given to write the next assistant turn; rows begin with exactly these ids. Never cut."""
         return self._encode(self._renderer.prompt(messages, tools), first=0).ids
 
+    def cut_prompt(self, ids: list[int], room: int) -> list[int]:
+        """A prompt's ids without as many at its left as `room` asks for; BOS and the end stay."""
+        start = int(ids[0] == self._tokenizer.bos_token_id)
+        return ids[:start] + ids[start + max(len(ids) - room, 0) :]
+
     def reply(self, prompt: Messages, reply: Messages, tools: Tools = ()) -> Encoded:
         """The prompt's ids and the reply's, of which the assistant's turns are trained. Never cut, never counted."""
         rendered = self._renderer.conversation((*prompt, *reply), tools)

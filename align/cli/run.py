@@ -21,6 +21,7 @@ KINDS = {
     "adapter": "Supervised fine-tuning of an adapter",
     "reward": "Train a reward model from preference pairs",
     "dpo": "Optimise a policy on preference pairs",
+    "ppo": "Optimise a policy against rewards (PPO, RLOO, GRPO, REINFORCE++)",
 }
 
 recipe_argument = click.argument("recipe", required=False, type=click.Path(path_type=Path))

@@ -184,8 +184,9 @@ def _measured(source: Source, examples: Sequence[Example], options: Mapping[str,
     from align.evaluation.benchmark import Benchmark, Opponent, chosen_metrics, reward_benchmark
     from align.evaluation.numbers import as_metrics
     from align.judge import Judge
+    from align.rewards.model import RewardModel
     from align.rollout.generation import Sampling
-    from align.use.opened import Policy, RewardModel
+    from align.use.opened import Policy
     from align.use.references import resolve
 
     if source.is_reward:
@@ -209,7 +210,7 @@ def _scored(source: Source, examples: Sequence[Example]) -> list[dict[str, float
     """For each row {"reward"}, or {"chosen", "rejected", "margin"} for a pair."""
     from align.data.examples import Conversation, Preference, Rated, prompt_of
     from align.errors import AlignError
-    from align.use.opened import RewardModel
+    from align.rewards.model import RewardModel
 
     replies: list[tuple[Messages, Messages]] = []
     for number, example in enumerate(examples, 1):

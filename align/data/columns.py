@@ -117,10 +117,17 @@ def tools_column(fields: Fields) -> tuple[Mapping[str, Any], ...]:
 
 
 def expected_column(fields: Fields) -> Mapping[str, Any] | None:
-    """What a judge needs to know about the right answer."""
+    """What a judge or a reward needs to know about the right answer; plain text or a number is the answer itself."""
+    value = fields.get("expected")
+    if isinstance(value, str) and value.strip() in ("", "null"):
+        return None
+    if isinstance(value, str) and not value.lstrip().startswith(("{", "[")):
+        return {"answer": value}
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return {"answer": plain_json(value, "'expected'")}
     value = _json_column(fields, "expected")
     if value is not None and not isinstance(value, Mapping):
-        raise RowError(f"'expected' must be an object, not {shown(value)}")
+        raise RowError(f"'expected' must be an object, text or a number, not {shown(value)}")
     return plain_json(value, "'expected'") if value else None
 
 

@@ -182,14 +182,24 @@ def _rated(fields: Fields) -> Rated:
 
 
 def _prompt(fields: Fields) -> Prompt:
-    if any(name in fields for name in PROMPT_COLUMNS):
-        turns = prompt_column(fields)
-    else:
-        turns = with_system(fields, turns_column(fields))
-        while turns and turns[-1].role == "assistant":  # a conversation serves as the prompt of its last answer
-            turns = turns[:-1]
+    turns = _asked(fields)
+    while turns and turns[-1].role == "assistant":  # a conversation serves as the prompt of its last answer
+        turns = turns[:-1]
     check_order(turns, "prompt", ends_with=ASKED_BY)
     return Prompt(turns, expected_column(fields))
+
+
+def _asked(fields: Fields) -> Messages:
+    """The prompt in a row of any format, where the row has one, else its conversation."""
+    if "chosen" in fields and "rejected" in fields:
+        return _preference(fields).prompt
+    if any(name in fields for name in PROMPT_COLUMNS):
+        turns = prompt_column(fields)
+        system = int(turns[0].role == "system")
+        return (*turns[:system], *_history(fields), *turns[system:]) if "instruction" in fields else turns
+    if _is_hh(fields):
+        return read_transcript(fields["text"], "'text'")
+    return with_system(fields, turns_column(fields))
 
 
 def _transcript(fields: Fields) -> Conversation | Preference:

@@ -17,9 +17,10 @@ from align.evaluation.numbers import judge_numbers, likelihood_numbers, preferen
 from align.judge import Judge
 from align.models.source import Source
 from align.progress import Progress
+from align.rewards.model import RewardModel, said
 from align.rollout.generation import Reply, Sampling
 from align.rollout.scoring import answer_logps, pair_logps
-from align.use.opened import Policy, RewardModel, said
+from align.use.opened import Policy
 
 TEXT_METRICS = ("exact_match", "f1", "bleu", "rouge", "numeric_match")
 ANSWER_METRICS = ("judge", "win_rate")

@@ -21,11 +21,10 @@ from sacrebleu.metrics import BLEU
 
 from align.errors import AlignError, did_you_mean
 from align.evaluation.intervals import Estimate, Floats, Numbers, bootstrap, mean, wilson
+from align.judge import final_number
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
-MARKED_NUMBER = re.compile(r"####\s*(-?[\d,]*\.?\d+)")
-NUMBER = re.compile(r"(?:(?<![\w.)])-)?(?:\d[\d,]*(?:\.\d+)?|(?<!\d)\.\d+)")  # the minus of 10-20 is a dash
 SHARES = ("exact_match", "numeric_match")  # 0 or 1 in every row
 METRICS = ("exact_match", "f1", "bleu", "rouge", "numeric_match")
 ROUGE_KINDS = ("rouge1", "rouge2", "rougeL")
@@ -97,12 +96,6 @@ def numeric_match(prediction: str, reference: str) -> float:
     """1 when the last number of both is the same (after `####`, where that stands, as in GSM8K), else 0."""
     said, right = final_number(prediction), final_number(reference)
     return float(said is not None and said == right)
-
-
-def final_number(text: str) -> float | None:
-    """The number after `####`, else the last number of the text; None where there is none."""
-    found = MARKED_NUMBER.findall(text) or NUMBER.findall(text)
-    return float(found[-1].replace(",", "")) if found else None
 
 
 def bleu(predictions: Sequence[str], references: Sequence[str], *, seed: int = 0) -> Estimate:

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.utils import load_peft_weights
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper, load_peft_weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -27,6 +28,7 @@ from align.models.source import ADAPTER_RECORD, Quantize, Source, weights_sha256
 from align.recipe.settings import AdapterSettings
 
 NAME = "default"  # peft's own name for the one adapter of a model
+OFF = ""  # for `using`: the base alone
 
 
 @dataclass(frozen=True)
@@ -241,3 +243,69 @@ def train_in_float32(parameters: Iterable[nn.Parameter]) -> None:
     for parameter in parameters:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+@contextmanager
+def using(adapted: Any, name: str) -> Iterator[None]:
+    """In this block forward passes go through the adapter `name`, through none where it is OFF; then as before.
+
+    Only the way of the forward pass changes. What requires a gradient stays as it is, so that several adapters can train
+    in one optimiser step: peft's own switch freezes all but the active one.
+    """
+    layers = [module for module in adapted.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
+    for layer in layers:
+        layer._active_adapter, layer._disable_adapters = [name or NAME], name == OFF
+    try:
+        yield
+    finally:
+        for layer, (active, disabled) in zip(layers, before, strict=True):
+            layer._active_adapter, layer._disable_adapters = active, disabled
+
+
+def copy_adapter(adapted: Any, name: str, *, trainable: bool) -> None:
+    """Adds a copy of the model's one adapter, as it is now, under another name; the first stays the active one."""
+    config = copy.deepcopy(adapted.peft_config[NAME])
+    config.init_lora_weights = True  # it is overwritten; PiSSA would take the base's weights apart once more
+    tensors = get_peft_model_state_dict(adapted, adapter_name=NAME, save_embedding_layers=False)
+    _put(adapted, name, config, {key: tensor.detach().clone() for key, tensor in tensors.items()}, trainable=trainable)
+
+
+def put_reward_adapter(adapted: Any, name: str, source: Source, *, trainable: bool) -> Tensor:
+    """Adds a reward model's adapter to a policy on the same base, under a name; returns its score head, (1, H) float32."""
+    config = LoraConfig.from_pretrained(source.path)
+    config.task_type, config.modules_to_save = adapted.peft_config[NAME].task_type, None
+    tensors = load_peft_weights(source.path, device="cpu")
+    heads = [key for key in tensors if key.rpartition(".")[0].endswith("score")]
+    head: Tensor = tensors[heads[0]].float()
+    rest = {key: tensor for key, tensor in tensors.items() if key not in heads}
+    _put(adapted, name, config, rest, trainable=trainable)
+    return head
+
+
+def fits_policy(source: Source, adapted: Any) -> bool:
+    """Whether a reward model is an adapter on the very base that a policy's adapter rests on, in the same bits."""
+    if source.kind != "adapter-reward" or not is_adapted(adapted):
+        return False
+    record: AdapterRecord = adapted.adapter_record
+    if record.pissa_start or LoraConfig.from_pretrained(source.path).trainable_token_indices:
+        return False
+    return (source.base_sha256, source.quantize, source.dtype) == (record.base_sha256, record.quantize, record.dtype)
+
+
+def _put(adapted: Any, name: str, config: LoraConfig, tensors: dict[str, Tensor], *, trainable: bool) -> None:
+    config.inference_mode = not trainable
+    with _without_warnings():
+        adapted.add_adapter(name, config)
+        report = set_peft_model_state_dict(adapted, tensors, adapter_name=name)
+    if report.unexpected_keys:
+        raise AlignError(
+            f"{len(report.unexpected_keys)} weights of the adapter '{name}' fit nothing in the policy's base "
+            f"(such as {report.unexpected_keys[0]})",
+            "Train the reward model from the same checkpoint as the policy.",
+        )
+    adapted.set_requires_grad(name, trainable)
+    place = next(adapted.parameters()).device
+    for key, parameter in adapted.named_parameters():
+        if f".{name}." in key or key.endswith(f".{name}"):
+            parameter.data = parameter.data.to(place, torch.float32)

@@ -18,11 +18,13 @@ from pydantic import ValidationError
 
 from align.errors import AlignError, did_you_mean
 from align.recipe.graph import check_graph, trains_adapter
+from align.recipe.ppo_settings import ModelReward
 from align.recipe.problems import model_at, node_at, owner, problems_of, refusal
 from align.recipe.settings import ADAPTER_FACTOR, Recipe, Stage, TrainingSettings
-from align.recipe.types import keys_of, short_key
+from align.recipe.types import keys_of, kind_of, short_key
 from align.recipe.yaml_text import Node, Place, parse_yaml, shown
 
+Steps = tuple[str | int, ...]  # keys and places that lead to a value of the recipe
 SUFFIXES = (".yaml", ".yml", ".json")
 
 
@@ -141,26 +143,27 @@ def _overridden(root: Node, override: str) -> Node:
     return _replaced(root, root, path, 0, value)
 
 
-def _replaced(root: Node, node: Node, path: list[str], depth: int, value: Node) -> Node:
+def _replaced(root: Node, node: Node, path: Sequence[str | int], depth: int, value: Node) -> Node:
     """`node`, which lies at path[:depth], with `value` put at the end of the path."""
     if depth == len(path):
         return value
-    walked, step = tuple(path[:depth]), path[depth]
+    walked, step = tuple(path[:depth]), str(path[depth])
     if isinstance(node.value, list):
         items = list(node.value)
         if not step.isdecimal() or int(step) >= len(items):
             known = f"it has the parts 0 to {len(items) - 1}" if items else "it is empty"
             raise AlignError(f"{value.place}: {owner(walked)} has no part {shown(step)}; {known}.")
-        items[int(step)] = _replaced(root, items[int(step)], path, depth + 1, value)
+        number = int(step)
+        items[number] = _replaced(root, items[number], [*walked, number, *path[depth + 1 :]], depth + 1, value)
         return replace(node, value=items)
     entries = _entries(root, node, walked, value.place)
     if step not in entries:
-        _check_new_key(root, walked, path[depth:], entries, value.place)
+        _check_new_key(root, walked, [str(later) for later in path[depth:]], entries, value.place)
     child = entries.get(step) or Node(None, value.place, value.place)
     return replace(node, value={**entries, step: _replaced(root, child, path, depth + 1, value)})
 
 
-def _entries(root: Node, node: Node, walked: tuple[str, ...], place: Place) -> dict[str, Node]:
+def _entries(root: Node, node: Node, walked: Steps, place: Place) -> dict[str, Node]:
     """Entries of the mapping that a path goes through; null is an empty one, a bare string its short form."""
     if isinstance(node.value, dict):
         return node.value
@@ -168,18 +171,17 @@ def _entries(root: Node, node: Node, walked: tuple[str, ...], place: Place) -> d
         return {}
     model = model_at(root, walked)
     short = short_key(model) if model and isinstance(node.value, str) else None
-    if short is None:
+    if model is None or short is None:
         raise AlignError(f"{place}: {owner(walked)} is {node.shown()}, which has no keys.")
-    return {short: node}
+    kind = {"kind": replace(node, value=kind_of(model))} if model is ModelReward else {}
+    return {**kind, short: node}
 
 
-def _check_new_key(
-    root: Node, walked: tuple[str, ...], rest: list[str], entries: dict[str, Node], place: Place
-) -> None:
+def _check_new_key(root: Node, walked: Steps, rest: list[str], entries: dict[str, Node], place: Place) -> None:
     """A path may create keys that the settings know, and a whole new stage or data set, but no half of one."""
     model = model_at(root, walked)
     known = list(keys_of(model)) if model else list(entries)
     if len(rest) > 1 and rest[0] not in known:
-        what = {"stages": "stage", "data": "data set"}.get(".".join(walked), "key")
+        what = {"stages": "stage", "data": "data set"}.get(".".join(map(str, walked)), "key")
         where = "the recipe" if what != "key" else owner(walked)
         raise AlignError(f"{place}: no {what} {shown(rest[0])} in {where}. {did_you_mean(rest[0], known)}")

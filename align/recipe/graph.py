@@ -1,16 +1,18 @@
 """The graph that a recipe's stages and data sets make, and what can be wrong with it. Needs no files and no torch.
 
-A name in `from:` that is no stage of the recipe is left alone: it may be recipe/stage, a tag or a folder, and only the
-registry knows those.
+A name in `from:` or `reward:` that is no stage of the recipe is left alone: it may be recipe/stage, a tag or a folder,
+and only the registry knows those.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Container, Iterator, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 
 from align.errors import AlignError, did_you_mean
+from align.recipe.ppo_settings import JudgeReward, ModelReward, PpoSettings
 from align.recipe.problems import Problem
 from align.recipe.settings import MergeSettings, Recipe, RewardSettings, Stage, TrainingSettings
 from align.recipe.yaml_text import shown
@@ -23,29 +25,47 @@ def check_graph(recipe: Recipe) -> list[Problem]:
     problems = [*_unknown_data(recipe), *_mix_cycle(recipe)]
     cycle = find_cycle(stage_graph(recipe))
     if cycle:
-        return [*problems, Problem(("stages", cycle[0], "from"), f"a cycle in `from:`: {' -> '.join(cycle)}.")]
+        return [*problems, _cycle_problem(recipe, cycle)]
     for name, stage in recipe.stages.items():
         problems += _wrong_start(recipe, name, stage)
         if isinstance(stage, TrainingSettings):
             problems += _wrong_adapter(recipe, name, stage)
+        if isinstance(stage, PpoSettings):
+            problems += [*_wrong_rewards(recipe, name, stage), *_wrong_value(recipe, name, stage)]
     return problems
 
 
 def recipe_warnings(recipe: Recipe) -> list[str]:
-    """What is no error but hardly meant: data sets that nothing uses."""
+    """What is no error but hardly meant: data sets that nothing uses, and rewards that nothing checks."""
     used = {recipe.evaluation.prompts}
     used |= {stage.data for stage in recipe.stages.values() if isinstance(stage, TrainingSettings)}
     for settings in recipe.data.values():
         used |= {part.data for part in settings.mix} | set(settings.decontaminate)
-    return [f"data set '{name}' is used by no stage" for name in recipe.data if name not in used]
+    unused = [f"data set '{name}' is used by no stage" for name in recipe.data if name not in used]
+    unseen = [
+        f"stage '{name}' trains on a reward model, and with neither `evaluation.judge` nor `watch:` nothing would show "
+        "that the reward rises while the answers get worse"
+        for name, stage in recipe.stages.items()
+        if isinstance(stage, PpoSettings) and recipe.evaluation.judge is None and _only_models_see(stage)
+    ]
+    return unused + unseen
+
+
+def reward_references(stage: Stage) -> list[str]:
+    """What the rewards of a stage name as reward models: those that it trains on, then those that it watches."""
+    terms = [*stage.reward, *stage.watch] if isinstance(stage, PpoSettings) else []
+    return list(dict.fromkeys(term.from_ for term in terms if isinstance(term, ModelReward)))
+
+
+def data_key(stage: TrainingSettings) -> str:
+    """The key under which a stage names its data set in the recipe."""
+    return type(stage).model_fields["data"].alias or "data"
 
 
 def stage_graph(recipe: Recipe) -> dict[str, list[str]]:
-    """Each stage with the stages of the recipe that it needs."""
-    return {
-        name: [stage.from_] if stage.from_ is not None and stage.from_ in recipe.stages else []
-        for name, stage in recipe.stages.items()
-    }
+    """Each stage with the stages of the recipe that it needs: where it starts, then its reward models."""
+    named = {name: [stage.from_, *reward_references(stage)] for name, stage in recipe.stages.items()}
+    return {name: [need for need in dict.fromkeys(needs) if need in recipe.stages] for name, needs in named.items()}
 
 
 def topological_order(recipe: Recipe) -> list[str]:
@@ -156,7 +176,7 @@ def _chain(recipe: Recipe, reference: str | None) -> Iterator[Stage]:
 def _unknown_data(recipe: Recipe) -> Iterator[Problem]:
     for name, stage in recipe.stages.items():
         if isinstance(stage, TrainingSettings):
-            yield from _unknown_name(recipe, ("stages", name, "data"), stage.data)
+            yield from _unknown_name(recipe, ("stages", name, data_key(stage)), stage.data)
     for name, settings in recipe.data.items():
         for index, part in enumerate(settings.mix):
             yield from _unknown_name(recipe, ("data", name, "mix", index, "data"), part.data)
@@ -183,6 +203,65 @@ def _mix_cycle(recipe: Recipe) -> Iterator[Problem]:
     cycle = find_cycle(graph)
     if cycle:
         yield Problem(("data", cycle[0], "mix"), f"a cycle in `mix:`: {' -> '.join(cycle)}.")
+
+
+def _cycle_problem(recipe: Recipe, cycle: Sequence[str]) -> Problem:
+    keys = [_key_that_names(recipe.stages[name], need) for name, need in itertools.pairwise(cycle)]
+    written = " and ".join(f"`{key}:`" for key in sorted(set(keys)))
+    return Problem(("stages", cycle[0], keys[0]), f"a cycle in {written}: {' -> '.join(cycle)}.")
+
+
+def _key_that_names(stage: Stage, need: str) -> str:
+    """The key of a stage that names a stage it needs."""
+    if stage.from_ == need:
+        return "from"
+    rewards = stage.reward if isinstance(stage, PpoSettings) else []
+    return "reward" if any(isinstance(term, ModelReward) and term.from_ == need for term in rewards) else "watch"
+
+
+def _only_models_see(stage: PpoSettings) -> bool:
+    return not stage.watch and all(isinstance(term, ModelReward) for term in stage.reward)
+
+
+def _wrong_rewards(recipe: Recipe, name: str, stage: PpoSettings) -> Iterator[Problem]:
+    for key, terms in (("reward", stage.reward), ("watch", stage.watch)):
+        what = f"stage '{name}': its {'watched ' if key == 'watch' else ''}reward"
+        models: set[str] = set()
+        for index, term in enumerate(terms):
+            place = ("stages", name, key, index)
+            if isinstance(term, ModelReward):
+                yield from _wrong_model(recipe, (*place, "from"), what, term.from_, models)
+                models.add(term.from_)
+            if isinstance(term, JudgeReward) and term.file is None and recipe.evaluation.judge is None:
+                message = f"{what} of kind judge names no file, and `evaluation:` has no judge."
+                yield Problem(place, message, "Give it a `file:`, or set `judge:` of `evaluation:`.")
+
+
+def _wrong_model(
+    recipe: Recipe, place: tuple[str | int, ...], what: str, reference: str, earlier: Container[str]
+) -> Iterator[Problem]:
+    kind = _makes_no_reward(recipe, reference)
+    if kind:
+        rewards = [name for name, stage in recipe.stages.items() if isinstance(stage, RewardSettings)]
+        hint = f"Reward stages of the recipe: {', '.join(rewards) or 'none'}."
+        yield Problem(place, f"{what} '{reference}' is no reward model: it is a stage of kind {kind}.", hint)
+    if reference in earlier:
+        yield Problem(place, f"{what} '{reference}' stands there twice.", "Keep one, with the sum of the weights.")
+
+
+def _makes_no_reward(recipe: Recipe, reference: str) -> str | None:
+    """Kind of the stage that a name leads to through merges, if that is of the recipe and makes no reward model."""
+    made_by = next((stage for stage in _chain(recipe, reference) if not isinstance(stage, MergeSettings)), None)
+    return None if made_by is None or isinstance(made_by, RewardSettings) else made_by.kind
+
+
+def _wrong_value(recipe: Recipe, name: str, stage: PpoSettings) -> Iterator[Problem]:
+    if stage.value.kind == "adapter" and trains_adapter(recipe, name) is False:
+        yield Problem(
+            ("stages", name, "value", "kind"),
+            f"stage '{name}' trains all weights of its policy, so its value model can be no adapter on the same base.",
+            "Set value: model or trunk, or give the stage an `adapter:`.",
+        )
 
 
 def _wrong_start(recipe: Recipe, name: str, stage: Stage) -> Iterator[Problem]:

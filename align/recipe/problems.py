@@ -17,7 +17,18 @@ from pydantic_core import ErrorDetails
 
 from align.errors import AlignError, did_you_mean
 from align.recipe.settings import Recipe
-from align.recipe.types import NAME_RULE, choices, in_words, item_type, keys_of, model_for, places_of
+from align.recipe.types import (
+    NAME_RULE,
+    STAGE_MODELS,
+    choices,
+    in_words,
+    item_type,
+    keys_of,
+    model_for,
+    model_of_word,
+    one_of_list,
+    places_of,
+)
 from align.recipe.yaml_text import Node, Place, shown
 
 MOST_LISTED = 20
@@ -110,7 +121,7 @@ def model_at(root: Node, path: Path) -> type[BaseModel] | None:
 
 def _model_of(annotation: Any, node: Node | None) -> type[BaseModel] | None:
     if node is None or isinstance(node.value, str):
-        return model_for(annotation, node and node.value)
+        return model_of_word(annotation, node.value) if node and isinstance(node.value, str) else model_for(annotation)
     kind = _child(node, "kind")
     return model_for(annotation, kind and kind.value)
 
@@ -129,7 +140,7 @@ def _place(problem: Problem, root: Node) -> Place:
 
 
 def _problem(details: ErrorDetails, root: Node) -> Problem:
-    location = details["loc"]
+    location = _without_tag(details["loc"])
     node, path = node_at(root, location)
     match details["type"]:
         case "extra_forbidden":
@@ -140,11 +151,19 @@ def _problem(details: ErrorDetails, root: Node) -> Problem:
             return _missing(root, path, "kind")
         case "union_tag_invalid":
             return _unknown_kind(root, path, details)
+        case "too_short" if isinstance(node.value, list):
+            return Problem(path, f"{owner(path)} is empty; it needs at least one entry.")
         case "value_error":
             return Problem(path, f"{owner(path)}: {details['ctx']['error']}.", at_key=True)
     if location and location[-1] == "[key]":
         return Problem(path, f"{owner(path)} needs another name: {NAME_RULE}.", at_key=True)
     return _wrong_value(root, path, node)
+
+
+def _without_tag(location: Path) -> Path:
+    """Pydantic's place without the kind that it names after a stage; `reward` is both a kind and a key."""
+    tagged = location[:1] == ("stages",) and len(location) > 2 and location[2] in STAGE_MODELS
+    return (*location[:2], *location[3:]) if tagged else location
 
 
 def _unknown_key(root: Node, path: Path) -> Problem:
@@ -201,7 +220,7 @@ def _kinds(root: Node, path: Path) -> str:
 def _kind_list(root: Node, path: Path) -> list[str]:
     field = field_at(root, path)
     if field:
-        return choices(field.annotation)
+        return choices(one_of_list(field.annotation))
     above = field_at(root, path[:-1])
     return choices(item_type(above.annotation)) if above else []
 

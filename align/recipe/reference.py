@@ -13,9 +13,9 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from align.recipe.ppo_settings import GuardSettings, ValueSettings
 from align.recipe.settings import (
     ADAPTER_FACTOR,
-    PEAK_LEARNING_RATE,
     AdapterSettings,
     DataSettings,
     EvaluationSettings,
@@ -23,7 +23,16 @@ from align.recipe.settings import (
     Recipe,
     TrainingSettings,
 )
-from align.recipe.types import LOSS_MODELS, STAGE_MODELS, in_words, keys_of
+from align.recipe.training_settings import PEAK_LEARNING_RATE
+from align.recipe.types import (
+    ESTIMATOR_MODELS,
+    LOSS_MODELS,
+    REWARD_MODELS,
+    STAGE_MODELS,
+    choices,
+    in_words,
+    keys_of,
+)
 
 SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -51,13 +60,20 @@ def settings_page() -> str:
     ]
     for kind, model in STAGE_MODELS.items():
         trains = issubclass(model, TrainingSettings)
-        rest = " Also has every setting of a stage that trains." if trains else ""
-        sections.append(
-            _section(f"kind: {kind}", model, _doc(model) + rest, leave_out={"kind", *(shared if trains else ())})
-        )
+        leave_out = {"kind", *(shared if trains else ())}
+        sections.append(_section(f"kind: {kind}", model, _doc(model) + _shared_text(model), leave_out=leave_out))
+    for title, what, models in (
+        ("loss", "A loss of a dpo stage.", LOSS_MODELS),
+        ("reward", "A part of the `reward:` or `watch:` of a ppo stage.", REWARD_MODELS),
+        ("estimator", "An `estimator:` of a ppo stage.", ESTIMATOR_MODELS),
+    ):
+        sections += [
+            _section(f"{title}: {kind}", model, f"{_doc(model)} {what}", leave_out={"kind"})
+            for kind, model in models.items()
+        ]
     sections += [
-        _section(f"loss: {kind}", model, f"{_doc(model)} A loss of a dpo stage.", leave_out={"kind"})
-        for kind, model in LOSS_MODELS.items()
+        _section("value", ValueSettings, f"{_doc(ValueSettings)} The `value:` block of a ppo stage."),
+        _section("guards", GuardSettings, f"{_doc(GuardSettings)} The `guards:` block of a ppo stage."),
     ]
     return "\n".join([PREAMBLE, *sections])
 
@@ -69,12 +85,23 @@ def recipe_schema() -> dict[str, Any]:
     named = schema["properties"]["data"]
     for pattern, entry in named["patternProperties"].items():
         named["patternProperties"][pattern] = {"anyOf": [{"type": "string", "title": "Path"}, entry]}
-    loss = definitions["DpoSettings"]["properties"]["loss"]
-    union = {key: loss.pop(key) for key in ("discriminator", "oneOf")}
-    loss["anyOf"] = [{"enum": list(LOSS_MODELS), "title": "Name"}, union]
+    ppo = definitions["PpoSettings"]["properties"]
+    _allow_word(definitions["DpoSettings"]["properties"]["loss"], list(LOSS_MODELS))
+    _allow_word(ppo["estimator"], list(ESTIMATOR_MODELS))
+    _allow_word(ppo["value"], choices(ValueSettings))
+    for rewards in (ppo["reward"], ppo["watch"]):
+        one = {"anyOf": [{"type": "string", "title": "Name"}, rewards.pop("items")]}
+        listed = {key: rewards.pop(key) for key in ("type", "minItems") if key in rewards} | {"items": one}
+        rewards["anyOf"] = [*one["anyOf"], listed]
     for mapping in (named, schema["properties"]["stages"]):
         mapping["additionalProperties"] = False
     return {"$schema": SCHEMA_DIALECT, **schema, "title": "Recipe of align"}
+
+
+def _allow_word(schema: dict[str, Any], words: list[str]) -> None:
+    """Lets a bare word stand where the schema asks for a mapping."""
+    mapping = {key: schema.pop(key) for key in ("discriminator", "oneOf", "$ref") if key in schema}
+    schema["anyOf"] = [{"enum": words, "title": "Name"}, mapping]
 
 
 def _section(title: str, model: type[BaseModel], text: str, *, leave_out: Iterable[str] = ()) -> str:
@@ -102,6 +129,14 @@ def _default(field: FieldInfo) -> str:
 
 def _doc(model: type[BaseModel]) -> str:
     return " ".join((inspect.getdoc(model) or "").split())
+
+
+def _shared_text(model: type[BaseModel]) -> str:
+    """What a stage has besides its own keys."""
+    if not issubclass(model, TrainingSettings):
+        return ""
+    data = model.model_fields["data"].alias
+    return f" Also has every setting of a stage that trains{f', with `{data}` for `data`' if data else ''}."
 
 
 def _training_text() -> str:

@@ -13,9 +13,20 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from align.recipe.settings import DataSettings, DpoLoss, Recipe, Stage
+from align.recipe.ppo_settings import Estimator, FunctionReward, GuardSettings, ModelReward, Reward, ValueSettings
+from align.recipe.settings import AdapterSettings, DataSettings, DpoLoss, Recipe, Stage
 
 NAME_RULE = "letters, digits, - and _ only, a letter or digit first, at most 64"
+
+
+def _pattern_of(field: FieldInfo) -> str:
+    return next(str(limit.pattern) for limit in field.metadata if getattr(limit, "pattern", None))
+
+
+PATTERNS = {  # of text that has to be of one form, in words
+    _pattern_of(Recipe.model_fields["name"]): f"a name ({NAME_RULE})",
+    _pattern_of(FunctionReward.model_fields["name"]): "module:function",
+}
 
 Annotation = Any  # a type as it stands in an annotation; typing has no name for that
 
@@ -58,6 +69,11 @@ def kind_of(model: type[BaseModel]) -> str:
 
 STAGE_MODELS = union_models(Stage)
 LOSS_MODELS = union_models(DpoLoss)
+REWARD_MODELS = union_models(Reward)
+ESTIMATOR_MODELS = union_models(Estimator)
+UNIONS = {"loss": LOSS_MODELS, "reward": REWARD_MODELS, "estimator": ESTIMATOR_MODELS}  # by the key that takes them
+BLOCKS: dict[str, type[BaseModel]] = {"adapter": AdapterSettings, "value": ValueSettings, "guards": GuardSettings}
+BARE_KINDS: tuple[type[BaseModel], ...] = (*LOSS_MODELS.values(), *ESTIMATOR_MODELS.values(), ValueSettings)
 
 
 def keys_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
@@ -67,15 +83,30 @@ def keys_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
 
 def model_for(annotation: Annotation, kind: object = None) -> type[BaseModel] | None:
     """The model that a mapping of this type is read into; `kind` chooses in a tagged union. None: no such model."""
-    models = [member for member in _members(annotation) if _is_model(member)]
+    models = [member for member in _members(one_of_list(annotation)) if _is_model(member)]
     if len(models) == 1:
         return models[0]
     return next((model for model in models if kind_of(model) == kind), None)
 
 
+def model_of_word(annotation: Annotation, word: str) -> type[BaseModel] | None:
+    """The model that a bare string is read into where this type is expected. None: it stands for no mapping."""
+    if ModelReward in _members(one_of_list(annotation)):
+        return ModelReward
+    return model_for(annotation, word)
+
+
+def one_of_list(annotation: Annotation) -> Annotation:
+    """Type of one reward where a list of them is expected, since one may stand alone; any other type as it is."""
+    item = item_type(annotation)
+    return item if item is not None and ModelReward in _members(item) else annotation
+
+
 def short_key(model: type[BaseModel]) -> str | None:
     """The key that a bare string stands for where a mapping of this model is expected."""
-    return "path" if model is DataSettings else "kind" if model in LOSS_MODELS.values() else None
+    if model in BARE_KINDS:
+        return "kind"
+    return {DataSettings: "path", ModelReward: "from"}.get(model)
 
 
 def item_type(annotation: Annotation) -> Annotation:
@@ -92,6 +123,8 @@ def choices(annotation: Annotation) -> list[str]:
     for member in _members(annotation):
         if _origin(member) is Literal:
             found += [str(word) for word in get_args(member)]
+        elif member is ValueSettings:
+            found += _kinds_of(member)
         elif _is_model(member) and "kind" in member.model_fields and len(_members(annotation)) > 2:
             found.append(kind_of(member))
     return found
@@ -99,6 +132,9 @@ def choices(annotation: Annotation) -> list[str]:
 
 def in_words(annotation: Annotation, constraints: tuple[Any, ...] = ()) -> str:
     """'a number above 0', 'one of drop, cut, error', 'a list of text': what may stand here; null is not mentioned."""
+    one = one_of_list(annotation)
+    if one is not annotation:
+        return f"{in_words(one).replace(' or ', ', ')} or a list of these"
     members = [(member, limits) for member, limits in _constrained(annotation, constraints) if member is not type(None)]
     models = [member for member, _ in members if _is_model(member)]
     short = short_key(models[0]) if models else None
@@ -119,12 +155,11 @@ def places_of(key: str) -> list[str]:
         inner = model_for(item_type(field.annotation) or field.annotation)
         if inner and key in keys_of(inner):
             found.append({"data": "a data set"}.get(name, f"'{name}'"))
-    adapter = model_for(STAGE_MODELS["sft"].model_fields["adapter"].annotation)
-    if adapter and key in keys_of(adapter):
-        found.append("'adapter'")
-    losses = [kind for kind, model in LOSS_MODELS.items() if key in keys_of(model)]
-    if losses and key != "kind":
-        found.append(f"'loss' of kind {' or '.join(losses)}")
+    found += [f"'{block}'" for block, model in BLOCKS.items() if key in keys_of(model)]
+    for union, models in UNIONS.items():
+        having = [kind for kind, model in models.items() if key in keys_of(model)]
+        if having and key != "kind":
+            found.append(f"'{union}'" + ("" if len(having) == len(models) else f" of kind {' or '.join(having)}"))
     return found + (["the top of the recipe"] if key in keys_of(Recipe) else [])
 
 
@@ -140,14 +175,21 @@ def _member_words(member: Annotation, limits: tuple[Any, ...]) -> str:
     if _is_model(member):
         return "a mapping of settings"
     if member is str:
-        return f"a name ({NAME_RULE})" if any(getattr(limit, "pattern", None) for limit in limits) else "text"
+        patterns = [getattr(limit, "pattern", None) for limit in limits]
+        return next((words for pattern, words in PATTERNS.items() if pattern in patterns), "text")
     if member is bool:
         return "true or false"
     return {int: "a whole number", float: "a number"}[member] + _range(limits)
 
 
 def _plain_form(models: list[type[BaseModel]], key: str) -> str:
-    return "one of " + ", ".join(map(kind_of, models)) if key == "kind" else f"a {key}"
+    if key == "kind":
+        return "one of " + ", ".join(kind for model in models for kind in _kinds_of(model))
+    return {"from": "the name of a reward model"}.get(key, f"a {key}")
+
+
+def _kinds_of(model: type[BaseModel]) -> list[str]:
+    return [str(kind) for kind in get_args(model.model_fields["kind"].annotation)]
 
 
 def _plural(words: str) -> str:

@@ -113,11 +113,11 @@ class _Graph:
 
     def _take_checkpoint(self, record: CheckpointRecord) -> None:
         run = self._run(record.run)
-        inputs = run.inputs if run else {}
+        names = _input_names(run.inputs) if run else {}
         self.nodes[record.id] = _checkpoint_node(record, run.kind if run else "")
         for parent in record.parents:
             self.edges.append(Edge(record.id, parent))
-            self._later(parent, str(inputs["parent"]) if inputs.get("parent_id") == parent else parent)
+            self._later(parent, names.get(parent, parent))
         for use in record.data:
             self.edges.append(Edge(record.id, use.id, use.rows))
             self._later(use.id, use.name)
@@ -145,6 +145,13 @@ class _Graph:
     def _run(self, run_id: str | None) -> RunRecord | None:
         found = queries.runs(self._database, self._home, "r.id = :id", id=run_id) if run_id else []
         return found[0] if found else None
+
+
+def _input_names(inputs: Mapping[str, Any]) -> dict[str, str]:
+    """Names by which a run knew the models that went into it, by id."""
+    rewards = {str(identifier): str(name) for name, identifier in inputs.get("rewards", {}).items()}
+    start = {str(inputs["parent_id"]): str(inputs["parent"])} if {"parent_id", "parent"} <= inputs.keys() else {}
+    return {**rewards, **start}
 
 
 def _checkpoint_node(record: CheckpointRecord, stage_kind: str) -> Node:

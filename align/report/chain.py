@@ -50,7 +50,14 @@ class StageFacts:
         if self.checkpoint:
             return self.checkpoint.parents
         parent = self.run.inputs.get("parent_id") if self.run else None
-        return (str(parent),) if parent else ()
+        learnt = [id for name, id in self.rewards.items() if name in _reward_names(self.settings)]
+        return (str(parent), *learnt) if parent else ()
+
+    @property
+    def rewards(self) -> dict[str, str]:
+        """Reward models of a ppo stage, those that it only watches among them: the recipe's name for each -> id."""
+        found = self.run.inputs.get("rewards") if self.run else None
+        return {str(name): str(id) for name, id in found.items()} if isinstance(found, Mapping) else {}
 
 
 @dataclass(frozen=True)
@@ -141,7 +148,15 @@ def _chain(registry: Registry, target: str, title: str, stages: Sequence[StageFa
 
 def _given_name(stage: StageFacts, identifier: str) -> str:
     inputs = stage.run.inputs if stage.run else {}
-    return str(inputs["parent"]) if inputs.get("parent_id") == identifier and inputs.get("parent") else identifier
+    if inputs.get("parent_id") == identifier and inputs.get("parent"):
+        return str(inputs["parent"])
+    return next((name for name, id in stage.rewards.items() if id == identifier), identifier)
+
+
+def _reward_names(settings: Mapping[str, Any]) -> set[Any]:
+    """Names of the reward models that a stage learns from."""
+    terms = settings.get("reward")
+    return {term.get("from") for term in terms if isinstance(term, Mapping)} if isinstance(terms, list) else set()
 
 
 def _owner(identifier: str, child: StageFacts, found: Mapping[str, StageFacts]) -> StageFacts | None:

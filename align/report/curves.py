@@ -20,8 +20,14 @@ WIDTH, HEIGHT = 360.0, 220.0
 LEFT, RIGHT, TOP, BOTTOM = 48.0, 14.0, 14.0, 30.0
 SMOOTHED_FROM, DOTTED_TO = 60, 20  # points of a line
 RAW_POINTS, MEAN_POINTS = 120, 60  # drawn at most
-NO_CURVES = ("epoch",)  # says nothing that the step does not
-_SOURCES = {"train": ("training", "train"), "eval": ("held-out", "held-out"), "test": ("held-out", "held-out")}
+FAR = 4.0  # a level beyond this many times the highest value is told in words, or it would flatten the curve
+NO_CURVES = ("epoch", "number")  # say nothing that the step does not
+_SOURCES = {
+    "train": ("training", "train"),
+    "round": ("training", "train"),
+    "eval": ("held-out", "held-out"),
+    "test": ("held-out", "held-out"),
+}
 _FIRST = ("loss", "accuracy", "margin", "kl", "learning_rate", "grad_norm", "tokens_per_second")
 
 
@@ -51,36 +57,65 @@ class Series:
 
 
 @dataclass(frozen=True)
+class Level:
+    """A value that a curve is held against, drawn as a dashed line with its name."""
+
+    name: str
+    value: float
+
+
+@dataclass(frozen=True)
 class CurveChart:
-    """One drawing with the words around it."""
+    """One drawing with the words around it. note: the unit, and levels that lie too far off to be drawn."""
 
     title: str
     series: tuple[Series, ...]
+    note: str
     drawing: Markup
 
 
 def charts(rows: Iterable[MetricRow]) -> list[CurveChart]:
-    """One chart per metric, `train.x` and `eval.x` together; the well-known first, a lone point is no curve."""
-    grouped: dict[str, dict[str, list[Point]]] = {}
+    """One chart per metric, `train.x` and `eval.x` together; the well-known first."""
+    found = grouped(rows)
+    order = {name: place for place, name in enumerate(_FIRST)}
+    return [
+        chart(words.label(name), found[name]) for name in sorted(found, key=lambda name: order.get(name, len(order)))
+    ]
+
+
+def grouped(rows: Iterable[MetricRow]) -> dict[str, tuple[Series, ...]]:
+    """Lines of each metric under its name without `train`, `round` or `eval`; a lone point is no curve."""
+    points: dict[str, dict[str, list[Point]]] = {}
     for row in rows:
         source, _, name = row.name.partition(".")
         bare = name if name and source in _SOURCES else row.name
-        grouped.setdefault(bare, {}).setdefault(source, []).append((row.step, float(row.value)))
-    order = {name: place for place, name in enumerate(_FIRST)}
-    names = sorted((name for name in grouped if name not in NO_CURVES), key=lambda name: order.get(name, len(order)))
-    return [_chart(name, grouped[name]) for name in names if any(len(points) > 1 for points in grouped[name].values())]
+        points.setdefault(bare, {}).setdefault(source, []).append((row.step, float(row.value)))
+    return {
+        name: _lines(sources)
+        for name, sources in points.items()
+        if name not in NO_CURVES and any(len(found) > 1 for found in sources.values())
+    }
 
 
-def line_chart(title: str, series: Sequence[Series]) -> Markup:
+def chart(title: str, series: Sequence[Series], *, note: str = "by step", levels: Sequence[Level] = ()) -> CurveChart:
+    """A chart with its words; of the levels, those are drawn that leave the curve its shape."""
+    highest = max((abs(y) for one in series for _, y in one.points if math.isfinite(y)), default=0.0)
+    near = [level for level in levels if level.value <= FAR * highest]
+    told = [f"{level.name} {words.plain(float(f'{level.value:.3g}'))}" for level in levels]
+    return CurveChart(title, tuple(series), "; ".join([note, *told]), line_chart(title, series, near))
+
+
+def line_chart(title: str, series: Sequence[Series], levels: Sequence[Level] = ()) -> Markup:
     """The drawing: axes with round marks, one line per series; a long one is drawn faint, with its moving mean."""
     finite = [point for one in series for point in one.points if math.isfinite(point[1])]
     if not finite:
         return svg.drawing(WIDTH, 48, f"{title}: no finite value", svg.text(8, 28, "No finite value was recorded."))
-    low, high = _padded([y for _, y in finite])
+    low, high = _padded([*(y for _, y in finite), *(level.value for level in levels)])
     steps = [x for one in series for x, _ in one.points]
     across = svg.scale(min(steps), max(steps), LEFT, WIDTH - RIGHT)
     up = svg.scale(low, high, HEIGHT - BOTTOM, TOP)
-    parts = [*_axes(low, high, min(steps), max(steps)), *(_line(one, across, up) for one in series)]
+    parts = [*_axes(low, high, min(steps), max(steps)), *(_level(level, up) for level in levels)]
+    parts += [_line(one, across, up) for one in series]
     parts += [_broken(one, across) for one in series]
     return svg.element(
         "svg", *parts, class_="chart curve", viewBox=f"0 0 {WIDTH:.0f} {HEIGHT:.0f}", width=WIDTH, height=HEIGHT,
@@ -89,13 +124,19 @@ def line_chart(title: str, series: Sequence[Series]) -> Markup:
     )  # fmt: skip
 
 
-def _chart(name: str, sources: dict[str, list[Point]]) -> CurveChart:
-    series = []
-    for source, points in sorted(sources.items(), key=lambda found: found[0] != "train"):  # held-out lies on top
-        title, style = _SOURCES.get(source, (words.label(source), "held-out"))
-        series.append(Series(title, style, tuple(sorted(points))))
-    title = words.label(name)
-    return CurveChart(title, tuple(series), line_chart(title, series))
+def _lines(sources: dict[str, list[Point]]) -> tuple[Series, ...]:
+    """Held-out values come last: they lie on top."""
+    styled = [(*_SOURCES.get(source, (words.label(source), "held-out")), points) for source, points in sources.items()]
+    return tuple(
+        Series(name, style, tuple(sorted(points)))
+        for name, style, points in sorted(styled, key=lambda found: found[1] != "train")
+    )
+
+
+def _level(level: Level, up: svg.Scale) -> Markup:
+    y = up(level.value)
+    name = svg.text(LEFT + 4, y - 4, level.name, class_="quiet")
+    return svg.element("g", svg.line(LEFT, y, WIDTH - RIGHT, y, "reference"), name)
 
 
 def _axes(low: float, high: float, first: float, last: float) -> list[Markup]:

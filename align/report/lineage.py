@@ -7,7 +7,7 @@ the neighbours. Drawing knows nothing of checkpoints; `chain.py` makes the nodes
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -69,12 +69,17 @@ def layout(nodes: Sequence[Node], edges: Iterable[tuple[str, str]]) -> Layout:
     return Layout(rank, _places(_columns(rank), steps), routes)
 
 
-def draw(nodes: Sequence[Node], placed: Layout, frame: _Frame, title: str) -> Markup:
-    """The graph as one drawing; a node with an anchor links to its stage."""
+def draw(
+    nodes: Sequence[Node], placed: Layout, frame: _Frame, title: str, dashed: Collection[tuple[str, str]] = ()
+) -> Markup:
+    """The graph as one drawing; a node with an anchor links to its stage. dashed: edges that hand on no weights."""
     centres = {key: frame.centre(placed.rank[key], placed.across[key]) for key in placed.rank}
     wide = max(x for x, _ in centres.values()) + NODE_WIDTH / 2 + MARGIN
     high = max(y for _, y in centres.values()) + NODE_HEIGHT / 2 + MARGIN
-    arrows = [_arrow([centres[key] for key in route], frame) for route in placed.routes.values()]
+    arrows = [
+        _arrow([centres[key] for key in route], frame, "edge dashed" if edge in dashed else "edge")
+        for edge, route in placed.routes.items()
+    ]
     boxes = [_box(node, *centres[node.key]) for node in nodes]
     return svg.drawing(wide, high, title, *arrows, *boxes, class_="lineage " + ("tall" if frame.down else "wide"))
 
@@ -124,7 +129,7 @@ def _places(columns: list[list[str]], steps: Sequence[tuple[str, str]]) -> dict[
     return across
 
 
-def _arrow(points: Sequence[svg.Point], frame: _Frame) -> Markup:
+def _arrow(points: Sequence[svg.Point], frame: _Frame, style: str) -> Markup:
     half = (NODE_HEIGHT if frame.down else NODE_WIDTH) / 2
     start, end = points[0], points[-1]
     start = (start[0], start[1] + half) if frame.down else (start[0] + half, start[1])
@@ -135,7 +140,7 @@ def _arrow(points: Sequence[svg.Point], frame: _Frame) -> Markup:
     stops.append(end)
     pieces = [f"M{stops[0][0]:.0f},{stops[0][1]:.0f}"]
     pieces += [_bend(a, b, frame) for a, b in itertools.pairwise(stops)]
-    return svg.element("g", svg.element("path", d="".join(pieces), class_="edge"), _head(end, frame))
+    return svg.element("g", svg.element("path", d="".join(pieces), class_=style), _head(end, frame))
 
 
 def _bend(a: svg.Point, b: svg.Point, frame: _Frame) -> str:

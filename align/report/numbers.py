@@ -64,6 +64,12 @@ KNOWN: dict[str, Meaning] = {
     "exact_match": Meaning("Exact match", "higher", True),
     "f1": Meaning("F1", "higher", True),
     "bleu": Meaning("BLEU", "higher"),
+    "length": Meaning("Length of answers", about="tokens"),
+    "finished": Meaning("Finished answers", "higher", True, "stopped by itself, not cut off"),
+    "distinct": Meaning("Distinct 3-grams", "none", True, "over all answers; falls when they become alike"),
+    "reference_perplexity": Meaning(
+        "Perplexity under the parent", about="of the answers; high: no longer its language"
+    ),
     "judge.correct": Meaning("Correct answers", "higher", True, "by the judge"),
     "judge.score": Meaning("Judge's score", "higher", about="0 to 1"),
     "judge.violations": Meaning("Violations", "lower", about="per answer, by the judge"),
@@ -75,10 +81,14 @@ KNOWN: dict[str, Meaning] = {
 OF_KIND: dict[tuple[str, str], Meaning] = {
     ("merge", "kl"): Meaning("KL to the unmerged model", "lower", about="nats per token"),
     ("reward", "loss"): Meaning("Loss", "lower", about="nats per pair"),
+    ("ppo", "reward"): Meaning("Reward", "higher", about="mean per answer, as it is trained on"),
+    ("ppo", "kl"): Meaning("KL from parent", about="nats per token"),
     ("dpo", "accuracy"): Meaning("Preference accuracy", "higher", True, "by implicit reward, against the parent"),
 }
+_COUNTS = ("rounds",)  # numbers of a run, not measured on anything
+_APART = ("headline", "merge.holds", "stopped_by")  # said elsewhere on the page
 _PREFIXES = ("before.", "after.", "change.", "merge.")
-_VIOLATION = "judge.violation."
+_VIOLATION, _WATCHED = "judge.violation.", "watch."
 HEADLINES: dict[str, tuple[str, ...]] = {
     "pretrain": ("loss", "perplexity"),
     "sft": ("judge.correct", "judge.score", "loss", "perplexity"),
@@ -168,6 +178,8 @@ def meaning_of(name: str, kind: str = "") -> Meaning:
     """What is known about a metric of a stage of this kind; for an unknown one, its name in words."""
     if name.startswith(_VIOLATION):
         return Meaning(f"Answers against {words.label(name.removeprefix(_VIOLATION))}", "lower", True, "by the judge")
+    if name.startswith(_WATCHED):
+        return Meaning(f"Watched: {name.removeprefix(_WATCHED)}", "higher", about="a reward that is not trained on")
     return OF_KIND.get((kind, name)) or KNOWN.get(name) or Meaning(words.label(name))
 
 
@@ -176,7 +188,7 @@ def changes(metrics: Mapping[str, Any], kind: str) -> list[Change]:
 
     kind: the stage's kind; a reward stage without a number before is held against chance.
     """
-    names = dict.fromkeys(bare(key) for key, value in metrics.items() if number_from(value))
+    names = dict.fromkeys(bare(key) for key, value in metrics.items() if number_from(value) and key not in _COUNTS)
     found = [_change(name, metrics, kind) for name in names]
     first = headline_names(metrics, kind)
     order = {name: place for place, name in enumerate(first)}
@@ -207,12 +219,19 @@ def parity(metrics: Mapping[str, Any]) -> bool | None:
 
 
 def facts(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says besides numbers: short texts and yes or no (a merge's verdict, say)."""
+    """What a checkpoint says besides held-out numbers: short texts, yes or no, and counts of its run."""
     return {
         words.label(bare(key)): value
         for key, value in metrics.items()
-        if isinstance(value, str | bool) and key not in ("headline", "merge.holds")
+        if key not in _APART and (isinstance(value, str | bool) or (key in _COUNTS and number_from(value)))
     }
+
+
+def raised_guards(metrics: Mapping[str, Any]) -> list[str]:
+    """Names of the guards of a ppo run that were raised, in the order in which that first happened."""
+    found = metrics.get("guards")
+    rows = [row for row in found if isinstance(row, Mapping)] if isinstance(found, list | tuple) else []
+    return list(dict.fromkeys(str(row.get("guard", "")) for row in rows))
 
 
 def _change(name: str, metrics: Mapping[str, Any], kind: str) -> Change:

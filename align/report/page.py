@@ -68,6 +68,7 @@ def render(chain: Chain) -> str:
         lead=_lead(chain, views),
         stages=views,
         graphs=_graphs(chain),
+        scored=bool(_scores(chain)),
         style=_asset("page.css"),
         script=_asset("page.js"),
         written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
@@ -92,6 +93,8 @@ def _lead(chain: Chain, views: Sequence[StageView]) -> str:
     for verdict, words_before in _VERDICTS.items():
         names = [v.name.rpartition("/")[2] for v in views if v.headline and v.headline.verdict == verdict]
         said += [f"{words_before}: {_listed(names)}."] if names else []
+    warned = [v.name.rpartition("/")[2] for v in views if v.ppo and v.ppo.guards]
+    said += [f"Guards were raised in {_listed(warned)}."] if warned else []
     lost = [v.name.rpartition("/")[2] for v in views if v.problem]
     return " ".join(said + ([f"Without a checkpoint: {_listed(lost)}."] if lost else []))
 
@@ -108,7 +111,8 @@ def _graphs(chain: Chain) -> list[Markup]:
     names = {node.key: node.title for node in nodes}
     said = "; ".join(f"{names[b]} from {names[a]}" for a, b in edges if a in names and b in names)
     title = f"Lineage. {said}"
-    return [lineage.draw(nodes, placed, frame, title) for frame in (lineage.ACROSS, lineage.DOWN)]
+    scores = _scores(chain)
+    return [lineage.draw(nodes, placed, frame, title, scores) for frame in (lineage.ACROSS, lineage.DOWN)]
 
 
 def _nodes(chain: Chain) -> list[lineage.Node]:
@@ -135,3 +139,13 @@ def _edges(chain: Chain) -> list[tuple[str, str]]:
     weights = [(parent, stage.key) for stage in chain.stages for parent in chain.parents.get(stage.key, ())]
     data = [(f"data {use.id}", s.key) for s in chain.stages if s.checkpoint for use in s.checkpoint.data]
     return weights + data
+
+
+def _scores(chain: Chain) -> set[tuple[str, str]]:
+    """Edges from a reward model to the policy whose answers it scores; the first parent of a ppo stage is its start."""
+    return {
+        (parent, stage.key)
+        for stage in chain.stages
+        if stage.kind == "ppo"
+        for parent in chain.parents.get(stage.key, ())[1:]
+    }

@@ -10,7 +10,8 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from align.recipe.settings import ADAPTER_FACTOR, PEAK_LEARNING_RATE, Stage
+from align.recipe.settings import ADAPTER_FACTOR, Stage
+from align.recipe.training_settings import PEAK_LEARNING_RATE
 from align.report import words
 
 
@@ -73,4 +74,4 @@ def _usual_rate(kind: str, name: str, settings: Mapping[str, Any]) -> bool:
 
 
 def _simple(value: Any) -> Any:
-    return value.model_dump() if isinstance(value, BaseModel) else value
+    return value.model_dump(mode="json", by_alias=True) if isinstance(value, BaseModel) else value

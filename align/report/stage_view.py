@@ -13,8 +13,13 @@ from markupsafe import Markup
 
 from align.report import comparisons, curves, words
 from align.report.chain import Chain, StageFacts
+from align.report.chips import WRONG, Chip, chip, marked
+from align.report.curves import CurveChart
 from align.report.data_view import DataView, data_views
 from align.report.numbers import Change, bare, changes, facts, headline, parity
+from align.report.ppo_curves import ppo_charts
+from align.report.ppo_view import PpoView, ppo_view
+from align.report.samples_view import MOST_SAMPLES, Sample, samples_view
 from align.report.settings_view import SettingsView, settings_view
 
 KINDS = {
@@ -26,22 +31,10 @@ KINDS = {
     "critique": "Critique and revision",
     "merge": "Adapter merge",
 }
-SIGNS = {"better": "▲", "worse": "▼", "unclear": "≈", "same": "="}
-RIGHT, WRONG = "✓", "✗"
 _CAPTIONS = {
     "length_buckets": ("Accuracy by length", "Where the chosen answer is the shorter, of like length, the longer one."),
     "calibration": ("Calibration", "On the dashed line confidence is deserved; below it the model is too sure."),
 }
-MOST_SAMPLES, MOST_TEXT = 8, 1200  # answers of a stage, characters of each
-
-
-@dataclass(frozen=True)
-class Chip:
-    """A verdict in a word or two, with a sign before it; style: better, worse, unclear, none."""
-
-    text: str
-    style: str
-    sign: str = "·"
 
 
 @dataclass(frozen=True)
@@ -51,17 +44,6 @@ class Figure:
     title: str
     caption: str
     drawing: Markup
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One prompt with the answers of parent and child, cut to a readable length."""
-
-    prompt: str
-    before: str
-    after: str
-    before_verdict: Chip | None
-    after_verdict: Chip | None
 
 
 @dataclass(frozen=True)
@@ -88,7 +70,9 @@ class StageView:
     headline_chart: Markup
     changes: Sequence[NumberRow]
     figures: Sequence[Figure]
-    curves: Sequence[curves.CurveChart]
+    ppo: PpoView | None
+    curves: Sequence[CurveChart]
+    more_curves: Sequence[CurveChart]
     facts: Mapping[str, str]
     counts: Mapping[str, Mapping[str, str]]
     samples: Sequence[Sample]
@@ -104,7 +88,9 @@ def stage_view(stage: StageFacts, chain: Chain) -> StageView:
     record = stage.checkpoint
     metrics = dict(record.metrics) if record else {}
     main = headline(metrics, stage.kind)
-    samples = [_sample(row) for row in (record.samples if record else ()) if isinstance(row, Mapping)]
+    samples = samples_view(record.samples if record else ())
+    is_ppo = stage.kind == "ppo"
+    drawn, more = ppo_charts(stage.curves, stage.settings) if is_ppo else (curves.charts(stage.curves), [])
     return StageView(
         anchor=stage.key,
         name=stage.name,
@@ -117,7 +103,9 @@ def stage_view(stage: StageFacts, chain: Chain) -> StageView:
         headline_chart=comparisons.whiskers(main) if main else Markup(""),
         changes=[NumberRow(one, chip(one), comparisons.whiskers(one)) for one in changes(metrics, stage.kind)],
         figures=list(_figures(metrics)),
-        curves=curves.charts(stage.curves),
+        ppo=ppo_view(metrics) if is_ppo else None,
+        curves=drawn,
+        more_curves=more,
         facts={name: words.plain(value) for name, value in facts(metrics).items()},
         counts=_counts(metrics),
         samples=samples[:MOST_SAMPLES],
@@ -129,40 +117,35 @@ def stage_view(stage: StageFacts, chain: Chain) -> StageView:
     )
 
 
-def chip(change: Change) -> Chip:
-    """What may be said of a change, in words that also say what it was compared with."""
-    verdict = change.verdict
-    if change.baseline == "chance" and verdict in ("better", "worse", "unclear"):
-        against = {"better": "above chance", "worse": "below chance"}.get(verdict, "not told from chance")
-        return Chip(against, verdict, SIGNS[verdict])
-    if verdict == "none":
-        return Chip("measured", "none")
-    sure = "" if change.certain or verdict in ("unclear", "same") else ", no interval"
-    return Chip(f"{verdict}{sure}", "none" if verdict == "same" else verdict, SIGNS[verdict])
-
-
 def _stage_chip(stage: StageFacts, main: Change | None, metrics: Mapping[str, Any]) -> Chip:
     if not stage.checkpoint:
         return Chip(stage.run.status if stage.run else "unfinished", "worse", WRONG)
     holds = parity(metrics)
     if holds is not None:
-        return Chip("parity holds", "better", RIGHT) if holds else Chip("parity broken", "worse", WRONG)
+        return marked("parity holds" if holds else "parity broken", holds)
     return chip(main) if main else Chip("not measured", "none")
 
 
 def _kind(stage: StageFacts) -> str:
-    kind = KINDS.get(stage.kind, words.label(stage.kind))
     settings = stage.settings
-    quantize = settings.get("quantize")
-    if quantize:
-        return f"{kind} · QLoRA, {quantize}"
-    return f"{kind} · LoRA" if settings.get("adapter") else kind
+    said = [KINDS.get(stage.kind, words.label(stage.kind))]
+    estimator = settings.get("estimator")
+    if isinstance(estimator, Mapping) and estimator.get("kind", "gae") != "gae":
+        said.append(words.one_line(str(estimator["kind"]).upper(), 20))
+    if settings.get("quantize"):
+        said.append(f"QLoRA, {settings['quantize']}")
+    elif settings.get("adapter"):
+        said.append("LoRA")
+    return " · ".join(said)
 
 
 def _sentence(stage: StageFacts, chain: Chain) -> str:
     names = chain.outside | {other.key: other.name for other in chain.stages}
     parents = [names.get(parent, parent) for parent in chain.parents.get(stage.key, ())]
-    parts = [f"made from {' and '.join(parents)}"] if parents else []
+    made, judges = (parents[:1], parents[1:]) if stage.kind == "ppo" else (parents, [])
+    parts = [f"made from {' and '.join(made)}"] if made else []
+    if judges:
+        parts.append(f"for the reward of {' and '.join(judges)}")
     if stage.checkpoint and stage.checkpoint.data:
         parts.append("on " + ", ".join(f"{use.rows:,} rows of {use.name}" for use in stage.checkpoint.data))
     if seconds := _seconds(stage):
@@ -206,50 +189,6 @@ def _trained_share(counts: Mapping[str, Any]) -> dict[str, str]:
     if isinstance(trained, int) and isinstance(tokens, int) and tokens > 0:
         return {"Share of tokens trained": words.number(trained / tokens, share=True)}
     return {}
-
-
-def _sample(row: Mapping[str, Any]) -> Sample:
-    return Sample(
-        prompt=_text(row.get("prompt")),
-        before=_text(row.get("before")),
-        after=_text(row.get("after")),
-        before_verdict=_verdict(row.get("before_verdict")),
-        after_verdict=_verdict(row.get("after_verdict")),
-    )
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        turns = [f"{turn.get('role', '')}: {turn.get('content', '')}" for turn in value if isinstance(turn, Mapping)]
-        value = "\n".join(turns)
-    return words.printable("" if value is None else value, MOST_TEXT)
-
-
-def _verdict(value: Any) -> Chip | None:
-    if value is None or value == "":
-        return None
-    if isinstance(value, Mapping):
-        return _judged(value)
-    known = {True: "correct", False: "wrong"}
-    said = words.one_line(known[value] if isinstance(value, bool) else value, 60)
-    return _marked(said, {"correct": True, "right": True, "wrong": False, "incorrect": False}.get(said.lower()))
-
-
-def _judged(value: Mapping[str, Any]) -> Chip:
-    correct, violations = value.get("correct"), value.get("violations") or ()
-    said = [] if correct is None else ["correct" if correct else "wrong"]
-    said += ["refused"] if value.get("refused") else []
-    said += [f"breaks {words.plain(violations)}"] if violations else []
-    if not said and isinstance(value.get("score"), int | float):
-        said = [f"score {words.number(value['score'])}"]
-    good = False if violations else None if correct is None else bool(correct)
-    return _marked(words.one_line(", ".join(said) or words.plain(dict(value)), 60), good)
-
-
-def _marked(said: str, good: bool | None) -> Chip:
-    if good is None:
-        return Chip(said, "none")
-    return Chip(said, "better", RIGHT) if good else Chip(said, "worse", WRONG)
 
 
 def _seconds(stage: StageFacts) -> float | None:

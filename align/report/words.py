@@ -17,6 +17,8 @@ _ACRONYMS = {
     "ece": "ECE",
     "sft": "SFT",
     "dpo": "DPO",
+    "ppo": "PPO",
+    "gae": "GAE",
     "p50": "median",
     "p95": "95th percentile",
     "sha256": "SHA-256",

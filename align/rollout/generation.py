@@ -1,31 +1,29 @@
-"""Prompts to replies, with the log-probability of every token: the decode loop of evaluation, `generate` and PPO.
+"""Prompts to replies, with the log-probability of every token: what evaluation, `generate` and PPO call.
 
-Prompts of like length are decoded together, padded on the left with attention mask and position ids to match, over
-the model's own key-value cache; a row leaves the batch when it has finished. Beam search is transformers' own. It
-leaves out serving many users at once, which is what vLLM and its like are for.
+The decode loop is `refill` where the model suits it, else `left_padded`. Beam search is transformers' own. Left out:
+serving many users at once, which is what vLLM and its like are for.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cache
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig
+from transformers import GenerationConfig
 
 from align.batches import micro_batches
 from align.errors import AlignError
 from align.progress import Progress
-from align.rollout import sampling as step_sampling
-from align.rollout.cache import decoding_cache
-from align.rollout.inference import device_of, evaluating
+from align.rollout import left_padded, refill
+from align.rollout.inference import device_of, evaluating, innermost
+from align.rollout.rows import OnDone, Row
+from align.rollout.sampling import choose, uniforms
 
-TOKENS_AT_ONCE = 32_768  # prompts and replies of one batch, padding included: bounds the key-value cache
+TOKENS_AT_ONCE = 32_768  # prompts and replies that decode together, padding included: bounds the key-value cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,17 +72,6 @@ class Reply:
     logps: list[float]
 
 
-@dataclass(slots=True)
-class _Row:
-    """A reply in the making; `limit` is the most tokens it may get."""
-
-    index: int
-    limit: int
-    ids: list[int] = field(default_factory=list)
-    logps: list[float] = field(default_factory=list)
-    finished: bool = False
-
-
 OnToken = Callable[[int, int], None]
 
 
@@ -104,18 +91,20 @@ def generate(
     on_token: told (row, token) for every token as it is chosen, not in beam search. The model's mode is restored.
     Raises AlignError for an empty prompt and for one that leaves no room in the context.
     """
-    rows = [_Row(index, limit) for index, limit in enumerate(_limits(model, prompts, sampling.max_new_tokens))]
-    lengths = [len(prompt) + row.limit for prompt, row in zip(prompts, rows, strict=True)]
+    limits = reply_limits(model, prompts, sampling.max_new_tokens)
+    rows = [Row(index, prompt, limit) for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))]
     with (progress or Progress()).bar("generate", len(prompts)) as bar, evaluating(model):
-        for group in micro_batches(lengths, max(TOKENS_AT_ONCE // sampling.beams, 1)):
-            batch = [rows[i] for i in group]
-            ids = [prompts[i] for i in group]
-            if sampling.beams > 1:
-                _beam_search(model, ids, batch, sampling, stop_ids)
-            else:
-                _decode(model, ids, batch, sampling, _Stopper(tokenizer, stop_ids, sampling.stop), on_token)
-            bar.advance(len(group), tokens=sum(len(row.ids) for row in batch))
-    return [_reply(tokenizer, row, stop_ids, sampling.stop) for row in rows]
+
+        def advance(row: Row) -> None:
+            bar.advance(1, tokens=len(row.ids))
+
+        if sampling.beams > 1:
+            _beam_search(model, rows, sampling, stop_ids, advance)
+        else:
+            loop = refill if refill.suits(model) else left_padded
+            extend = _Extender(sampling, _Stopper(tokenizer, stop_ids, sampling.stop), on_token)
+            loop.decode(model, rows, TOKENS_AT_ONCE, extend, advance)
+    return [reply_of(tokenizer, row, stop_ids, sampling.stop) for row in rows]
 
 
 def context_length(model: nn.Module) -> int | None:
@@ -123,18 +112,6 @@ def context_length(model: nn.Module) -> int | None:
     config: Any = model.config
     length = getattr(config.get_text_config(), "max_position_embeddings", None)
     return int(length) if length else None
-
-
-def left_padded(prompts: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids, attention mask and position ids, each (B, T); the first real token of every row has position 0."""
-    width = max(len(prompt) for prompt in prompts)
-    ids = torch.zeros((len(prompts), width), dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    positions = (mask.cumsum(dim=1) - 1).clamp_(min=0)
-    return ids.to(device), mask.to(device), positions.to(device)
 
 
 class _Stopper:
@@ -147,7 +124,7 @@ class _Stopper:
         # A token is at least a byte (byte-level) of the text, so the stop string lies within this many last tokens.
         self.tail_tokens = max((len(string.encode()) for string in strings), default=0) + 4
 
-    def finishes(self, row: _Row) -> bool:
+    def finishes(self, row: Row) -> bool:
         if row.ids[-1] in self.ids:
             return True
         if not self.strings:
@@ -156,89 +133,59 @@ class _Stopper:
         return any(string in tail for string in self.strings)
 
 
-def _decode(
-    model: nn.Module,
-    prompts: Sequence[list[int]],
-    rows: list[_Row],
-    sampling: Sampling,
-    stopper: _Stopper,
-    on_token: OnToken | None,
-) -> None:
-    """Fill `rows` token by token; those that have finished leave the batch."""
-    ids, mask, positions = left_padded(prompts, device_of(model))
-    drawn = None
-    if sampling.temperature > 0:
-        drawn = step_sampling.uniforms(sampling.seed, [row.index for row in rows], sampling.max_new_tokens)
-    memory = decoding_cache(_innermost(model).config, ids.shape[1] + max(row.limit for row in rows))
-    for step in range(sampling.max_new_tokens):
-        logits = _forward(model, ids, mask, positions, memory)
-        tokens, logps = step_sampling.choose(
-            logits, None if drawn is None else drawn[:, step], temperature=sampling.temperature or 1.0,
-            top_k=sampling.top_k, top_p=sampling.top_p,
+class _Extender:
+    """Gives rows their next tokens, as the sampling says."""
+
+    def __init__(self, sampling: Sampling, stopper: _Stopper, on_token: OnToken | None) -> None:
+        self.sampling = sampling
+        self.stopper = stopper
+        self.on_token = on_token
+        self.uniforms: dict[int, list[float]] = {}  # those of each row that is not done yet
+
+    def __call__(self, rows: Sequence[Row], logits: Tensor) -> None:
+        """logits: (rows, V)."""
+        tokens, logps = choose(
+            logits, self._drawn(rows), temperature=self.sampling.temperature or 1.0,
+            top_k=self.sampling.top_k, top_p=self.sampling.top_p,
         )  # fmt: skip
-        _append(rows, tokens.tolist(), logps.tolist(), stopper, on_token)
-        going = [place for place, row in enumerate(rows) if not row.finished and len(row.ids) < row.limit]
-        if not going:
-            return
-        ids, positions = tokens[:, None], positions[:, -1:] + 1
-        if len(going) < len(rows):
-            keep = torch.tensor(going, device=ids.device)
-            memory.reorder_cache(keep)  # unlike batch_select_indices, it is there for recurrent caches too
-            ids, mask, positions = ids[keep], mask[keep], positions[keep]
-            drawn = None if drawn is None else drawn[going]
-            rows = [rows[place] for place in going]
-        mask = torch.cat([mask, mask.new_ones((len(rows), 1))], dim=1)
+        for row, token, logp in zip(rows, tokens.tolist(), logps.tolist(), strict=True):
+            row.ids.append(token)
+            row.logps.append(logp)
+            row.finished = self.stopper.finishes(row)
+            if not row.going:
+                self.uniforms.pop(row.index, None)
+            if self.on_token is not None:
+                self.on_token(row.index, token)
 
-
-def _append(
-    rows: list[_Row], tokens: list[int], logps: list[float], stopper: _Stopper, on_token: OnToken | None
-) -> None:
-    for row, token, logp in zip(rows, tokens, logps, strict=True):
-        row.ids.append(token)
-        row.logps.append(logp)
-        row.finished = stopper.finishes(row)
-        if on_token is not None:
-            on_token(row.index, token)
-
-
-def _forward(model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor, memory: DynamicCache) -> Tensor:
-    """Logits of the last place, (B, V); `memory` has seen `ids` after it."""
-    known = _parameters(type(_innermost(model)).forward)
-    options: dict[str, Any] = {"position_ids": positions, "logits_to_keep": 1}
-    output = model(
-        input_ids=ids, attention_mask=mask, past_key_values=memory, use_cache=True,
-        **{name: value for name, value in options.items() if name in known},
-    )  # fmt: skip
-    return cast(Tensor, output.logits[:, -1])
-
-
-@cache
-def _parameters(forward: Callable[..., Any]) -> frozenset[str]:
-    return frozenset(inspect.signature(forward).parameters)
-
-
-def _innermost(model: nn.Module) -> Any:
-    """The model below its adapters, whose wrappers hide what forward takes."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    def _drawn(self, rows: Sequence[Row]) -> Tensor | None:
+        """The uniform number of each row's next token, (rows,); None without sampling."""
+        if not self.sampling.temperature:
+            return None
+        for row in rows:
+            if not row.ids:
+                self.uniforms[row.index] = uniforms(self.sampling.seed, [row.index], row.limit)[0].tolist()
+        return torch.tensor([self.uniforms[row.index][len(row.ids)] for row in rows])
 
 
 def _beam_search(
-    model: nn.Module, prompts: Sequence[list[int]], rows: list[_Row], sampling: Sampling, stop_ids: Sequence[int]
+    model: nn.Module, rows: Sequence[Row], sampling: Sampling, stop_ids: Sequence[int], on_done: OnDone
 ) -> None:
     """Fill `rows` by transformers' beam search; rows that the context cuts short are searched apart."""
-    stops, device = list(stop_ids), device_of(model)
-    for limit in sorted({row.limit for row in rows}):
-        places = [place for place, row in enumerate(rows) if row.limit == limit]
-        ids, mask, _ = left_padded([prompts[place] for place in places], device)
-        config = GenerationConfig(
-            num_beams=sampling.beams, do_sample=False, max_new_tokens=limit, eos_token_id=stops or None,
-            pad_token_id=stops[0] if stops else 0,
-        )  # fmt: skip
-        with _own_generation_config(_innermost(model)) as inner:
-            found = inner.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, ids.shape[1] :]
-        for place, tokens in zip(places, found.tolist(), strict=True):
-            end = next((number for number, token in enumerate(tokens, 1) if token in stops), None)
-            rows[place].ids, rows[place].finished = tokens[:end], end is not None
+    stops = list(stop_ids)
+    for group in micro_batches([row.longest for row in rows], max(TOKENS_AT_ONCE // sampling.beams, 1)):
+        for limit in sorted({rows[place].limit for place in group}):
+            batch = [rows[place] for place in group if rows[place].limit == limit]
+            ids, mask, _ = left_padded.left_padded([row.prompt for row in batch], device_of(model))
+            config = GenerationConfig(
+                num_beams=sampling.beams, do_sample=False, max_new_tokens=limit, eos_token_id=stops or None,
+                pad_token_id=stops[0] if stops else 0,
+            )  # fmt: skip
+            with _own_generation_config(innermost(model)) as inner:
+                found = inner.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, ids.shape[1] :]
+            for row, tokens in zip(batch, found.tolist(), strict=True):
+                end = next((number for number, token in enumerate(tokens, 1) if token in stops), None)
+                row.ids, row.finished = tokens[:end], end is not None
+                on_done(row)
 
 
 @contextmanager
@@ -251,7 +198,8 @@ def _own_generation_config(model: Any) -> Iterator[Any]:
         model.generation_config = before
 
 
-def _reply(tokenizer: Any, row: _Row, stop_ids: Sequence[int], strings: tuple[str, ...]) -> Reply:
+def reply_of(tokenizer: Any, row: Row, stop_ids: Sequence[int], strings: tuple[str, ...]) -> Reply:
+    """A row that is done as a reply, with its text."""
     ends_with_stop = bool(row.ids) and row.ids[-1] in stop_ids
     text = str(tokenizer.decode(row.ids[:-1] if ends_with_stop else row.ids, skip_special_tokens=True))
     cuts = [place for place in (text.find(string) for string in strings) if place >= 0]
@@ -260,7 +208,11 @@ def _reply(tokenizer: Any, row: _Row, stop_ids: Sequence[int], strings: tuple[st
     return Reply(row.ids, text, row.finished, row.logps)
 
 
-def _limits(model: nn.Module, prompts: Sequence[list[int]], max_new_tokens: int) -> list[int]:
+def reply_limits(model: nn.Module, prompts: Sequence[list[int]], max_new_tokens: int) -> list[int]:
+    """The most tokens that each reply may get: `max_new_tokens`, or fewer where the model's context ends before.
+
+    Raises AlignError for an empty prompt and for one that leaves no room in the context.
+    """
     context = context_length(model)
     for index, prompt in enumerate(prompts):
         if not prompt:

@@ -182,14 +182,15 @@ class RatedLoss(Objective):
         """Length of the row."""
         return len(row.row.ids)
 
-    def before_step(self, model: nn.Module, rows: Sequence[RatedRow]) -> None:
-        """Baseline of this step: the KL estimate of all its mismatched replies together."""
+    def prepared(self, model: nn.Module, rows: Sequence[RatedRow]) -> Sequence[RatedRow]:
+        """The rows as they are. Baseline of this step: the KL estimate of all their mismatched replies together."""
         logps = torch.zeros(len(rows))
         with torch.no_grad():
             for group in micro_batches([len(row.mismatched.ids) for row in rows], self.batch_tokens):
                 batch = batch_of(model, [rows[i].mismatched for i in group], self.pad_id)
                 logps[group] = sequence_logps(response_logps(model, batch)).float().cpu()
         self.kl = kto_kl(logps, _column([row.mismatched_reference for row in rows], logps))
+        return rows
 
     def __call__(self, model: nn.Module, rows: Sequence[RatedRow]) -> tuple[Tensor, dict[str, float]]:
         """Summed loss; how many implicit rewards have the sign of their rating."""

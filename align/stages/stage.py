@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,22 @@ from align.recipe.settings import EvaluationSettings
 
 
 @dataclass(frozen=True)
+class RewardInput:
+    """A reward model that a stage is scored with; id: content hash of it."""
+
+    source: Source
+    id: str
+
+
+@dataclass(frozen=True)
 class Inputs:
     """Everything a stage works on, resolved and checked.
 
-    parent: where it starts (and, for dpo, its reference); parent_id: content hash of that.
+    parent: where it starts (and, for dpo and ppo, its reference); parent_id: content hash of that.
     questions: held-out examples whose prompts are answered before and after; judge: who marks the answers, if anyone.
     work: kept until the stage is done, so that it can go on after a stop; cache: kept across runs, by content.
+    rewards: reward models by the `from:` of the recipe. judges: those of rewards, by `file:` as the recipe writes it;
+    None is the judge of `evaluation:`.
     """
 
     parent: Source
@@ -34,6 +44,8 @@ class Inputs:
     work: Path
     cache: Path
     log_to: Sequence[str] = ()
+    rewards: Mapping[str, RewardInput] = field(default_factory=dict)
+    judges: Mapping[str | None, Judge] = field(default_factory=dict)
 
 
 @dataclass
