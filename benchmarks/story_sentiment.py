@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from align.use.opened import Policy
 
 RECIPE = Path(__file__).with_name("story-sentiment.yaml")
 MAX_NEW_TOKENS = 128  # as in the recipe
-SHOWN = 4  # openings on the page
+SHOWN = 3  # openings on the page
 
 
 # Runs ----------------------------------------------------------------------------------------------------------------
@@ -86,6 +86,7 @@ class Writing:
     """Continuations of the held-out openings by one writer, and what they are worth, row by row."""
 
     texts: list[str]
+    likeliest: list[str]  # greedy ones of the first openings
     columns: dict[str, list[float]]  # reward, second, label words, other words, tokens, finished
     numbers: dict[str, Estimate]  # perplexities and KL
 
@@ -106,11 +107,13 @@ def measured(chain: Chain, openings: Sequence[str], real: Sequence[str]) -> dict
         {"base": load_policy(source_of(MODEL)), "sft": parent.model, "policy": policy.model},
         prompts, heads, stop,
     )  # fmt: skip
-    return {
-        "real": judge.measure(replies),
-        "sft": judge.measure(parent.answer(prompts, sampling)),
-        "policy": judge.measure(policy.answer(prompts, sampling), drift=True),
-    }
+    greedy = Sampling(max_new_tokens=MAX_NEW_TOKENS)
+    written = {"real": judge.measure(replies)}
+    for name, writer in (("sft", parent), ("policy", policy)):
+        found = judge.measure(writer.answer(prompts, sampling), drift=writer is policy)
+        shown = [reply.text for reply in writer.answer(prompts[:SHOWN], greedy)]
+        written[name] = replace(found, likeliest=shown)
+    return written
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,7 @@ class Measures:
         }
         if drift:
             numbers["kl"] = mean((answer_logps(self.models["policy"], whole).sums - logps["sft"].sums).tolist())
-        return Writing(texts, columns, numbers)
+        return Writing(texts, [], columns, numbers)
 
 
 def distinct(texts: Sequence[str]) -> float:
@@ -165,7 +168,8 @@ happier ones. Nothing here is made up but the lexicon: all texts are TinyStories
 - **sft**: {sft} stories, opening (one or two sentences) and what follows it (64 to 112 tokens); the model goes on with a
   story as it always did, and learns to stop. Its held-out perplexity falls from {before:.2f} to {after:.2f}.
 - **reward**: {pairs} pairs of real passages of like length (within 2 tokens) of two stories; chosen is the one with at
-  least 2 more happy words, net of unhappy ones, by {label} *label words*. The opening is that of the chosen passage's story
+  least 2 more happy words, net of unhappy ones, by {label} *label words*
+  (benchmarks/story_data.py). The opening is that of the chosen passage's story
   in half of the pairs and of the rejected one's in the other half. **second**: the same from {watched} pairs of other
   stories; it watches, and nothing trains on it.
 - **policy**: ppo from sft, {prompts} openings, reward: `reward`, its KL to sft charged.
@@ -233,10 +237,14 @@ def introduction(chains: Sequence[Chain], folder: Path) -> str:
 
 def samples(writing: dict[str, Writing], folder: Path) -> list[str]:
     """The first openings with what was written to them."""
-    lines = ["## The first openings, seed 0", ""]
+    lines = ["## The first held-out openings, seed 0", ""]
+    lines += ["Sampled as measured above; greedy takes the likeliest token each time, which ppo never did.", ""]
     for place, opening in enumerate(read(folder / "real.jsonl")[:SHOWN]):
         lines += [f"**{opening['prompt']}**", ""]
-        lines += [f"- {name}: {plain(writing[name].texts[place])}" for name in ("sft", "policy")] + [""]
+        for name in ("sft", "policy"):
+            lines.append(f"- {name}, sampled: {plain(writing[name].texts[place])}")
+            lines.append(f"- {name}, greedy: {plain(writing[name].likeliest[place])}")
+        lines.append("")
     return lines[:-1]
 
 
