@@ -168,11 +168,11 @@ happier ones. Nothing here is made up but the lexicon: all texts are TinyStories
 - **sft**: {sft} stories, opening (one or two sentences) and what follows it (64 to 112 tokens); the model goes on with a
   story as it always did, and learns to stop. Its held-out perplexity falls from {before:.2f} to {after:.2f}.
 - **reward**: {pairs} pairs of real passages of like length (within 2 tokens) of two stories; chosen is the one with at
-  least 2 more happy words, net of unhappy ones, by {label} *label words*
-  (benchmarks/story_data.py). The opening is that of the chosen passage's story
-  in half of the pairs and of the rejected one's in the other half. **second**: the same from {watched} pairs of other
-  stories; it watches, and nothing trains on it.
-- **policy**: ppo from sft, {prompts} openings, reward: `reward`, its KL to sft charged.
+  least 2 more happy words, net of unhappy ones, by {label} *label words* (benchmarks/story_data.py). The
+  opening is that of the chosen passage's story in half of the pairs and of the rejected one's in the other half.
+- **second**: the same from {watched} pairs of other stories; it watches, and nothing trains on it.
+- **policy**: ppo from sft, {prompts} openings, reward: `reward`, its KL to sft charged. Of two runs with seed 0 (price of a
+  nat 0.05 and 0.15, 24 and 30 rounds) the second was kept, by these same openings: less KL, lower perplexity under the base.
 - **Measured** on {held_out} openings that no stage trains on, continued by sft and by policy, one sample each at temperature 1.
   *Other words* are {other} happy and unhappy words that decided no pair. The base's perplexity says how much a text is like
   the stories that it was trained on; the real continuations are there as the yardstick.
