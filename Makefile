@@ -22,14 +22,14 @@ setup: .venv/ready ## make .venv with the tested versions
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: setup ## run the whole chain on the embedded model: sft, nf4 adapter, reward model, dpo; writes report.html
+demo: setup ## run the whole chain on the embedded model: sft, nf4 adapter, reward model, dpo, ppo; writes report.html
 	@$(BIN)/align run recipes/quickstart.yaml --report report.html
 
 test: setup ## the fast tests (8 minutes at most on 2 cores)
-	@$(BIN)/python -m pytest -m "not slow" --numprocesses $(JOBS) --dist loadfile
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses $(JOBS) --dist loadfile
 
 test-all: setup ## every test, the long proofs too
-	@$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --timeout 3600
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --timeout 3600
 
 check: setup ## format, lint and types
 	@$(BIN)/ruff format --check align tests data benchmarks

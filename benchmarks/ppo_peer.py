@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--prompts", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.ours:
-        print("RESULT " + json.dumps(run_ours(options)))
+        sys.stdout.write("RESULT " + json.dumps(run_ours(options)) + "\n")
         return
     peers = shared_shapes()
     with tempfile.TemporaryDirectory() as folder:
@@ -84,7 +84,7 @@ def compare(options: argparse.Namespace, model: str) -> dict[str, list[dict[str,
             done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
             line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
             found[side].append(json.loads(line.removeprefix("RESULT ")))
-            print(side, {k: v for k, v in found[side][-1].items() if k != "kl"}, file=sys.stderr, flush=True)
+            sys.stderr.write(f"{side}: {found[side][-1]['processor_seconds']:.2f} s\n")
     return found
 
 

@@ -122,6 +122,7 @@ def test_chunked_gradients_are_those_of_the_whole_logits(monkeypatch: pytest.Mon
     grads = []
     for at_once in (300 * 7, 2**23):
         monkeypatch.setattr("align.models.head.LOGITS_AT_ONCE", at_once)
+        monkeypatch.setattr("align.models.head.LOGITS_KEPT", 0 if at_once < 2**23 else 2**25)
         model = model_of("llama")
         logps, entropies = target_logps(model, hidden_states(model, ROWS), ids, entropy=True)
         (weights * logps + 0.1 * entropies).sum().backward()
@@ -135,8 +136,9 @@ def test_chunked_gradients_are_those_of_the_whole_logits(monkeypatch: pytest.Mon
         assert (chunked - whole).norm() < 1e-5 * whole.norm()
 
 
-def test_logits_of_all_tokens_never_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_above_the_bound_logits_of_all_tokens_never_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("align.models.head.LOGITS_AT_ONCE", 300 * 4)
+    monkeypatch.setattr("align.models.head.LOGITS_KEPT", 300 * 40)
     model = model_of("llama")
     seen: list[int] = []
     model.lm_head.register_forward_hook(lambda _module, _inputs, output: seen.append(len(output)))

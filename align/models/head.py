@@ -1,7 +1,5 @@
-"""From hidden states to log-probabilities, a chunk of tokens at a time, so that logits of all tokens never exist at once.
-
-The backward pass computes each chunk's logits again: one matrix product more, and memory that does not grow with the
-vocabulary times the length.
+"""From hidden states to log-probabilities, a chunk of tokens at a time, so that memory does not grow with the vocabulary
+times the length: above a bound the backward pass computes each chunk's logits again, one matrix product more.
 """
 
 from __future__ import annotations
@@ -16,6 +14,7 @@ from align.errors import AlignError
 from align.models.trunk import hidden_states, inner_model
 
 LOGITS_AT_ONCE = 2**23  # numbers: 32 MB in float32
+LOGITS_KEPT = 2**25  # numbers that may wait for the backward pass: 128 MB in float32
 AGREEMENT = 2e-2  # largest difference, in logits, of two ways to compute the same in bfloat16
 
 
@@ -27,9 +26,10 @@ def target_logps(
     hidden: (M, H), the states that predict the targets.
     """
     vocabulary = int(inner_model(model).get_output_embeddings().weight.shape[0])
+    again = torch.is_grad_enabled() and len(hidden) * vocabulary > LOGITS_KEPT
     parts = []
     for states, wanted in zip(_chunks(hidden, vocabulary), _chunks(targets, vocabulary), strict=True):
-        if torch.is_grad_enabled():
+        if again:
             parts.append(
                 checkpoint(
                     _chunk, model, states, wanted, temperature, entropy, use_reentrant=False, preserve_rng_state=False
@@ -76,7 +76,8 @@ def _logits(model: nn.Module, hidden: Tensor) -> Tensor:
     inner: Any = inner_model(model)
     config: Any = inner.config.get_text_config()
     logits: Tensor = inner.get_output_embeddings()(hidden)
-    logits = logits * (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    logits = logits * scale if scale != 1 else logits
     cap = getattr(config, "final_logit_softcapping", None)
     return torch.tanh(logits / cap) * cap if cap else logits
 

@@ -79,9 +79,11 @@ class Bench:
 
 def judged(before: Answers, after: Answers) -> dict[str, Any]:
     """The judge's numbers before and after, and the paired differences; {} without a judge."""
+    broken = {name for answers in (before, after) for verdict in answers.verdicts for name in verdict.violations}
+    first, last = (judge_numbers(some.verdicts, some.expected, principles=sorted(broken)) for some in (before, after))
     return {
-        **as_metrics(judge_numbers(before.verdicts, before.expected), "before.judge."),
-        **as_metrics(judge_numbers(after.verdicts, after.expected), "after.judge."),
+        **as_metrics(first, "before.judge."),
+        **as_metrics(last, "after.judge."),
         **as_metrics(judge_changes(before.verdicts, after.verdicts), "change.judge."),
     }
 

@@ -9,9 +9,11 @@ import argparse
 import json
 import os
 import resource
+import sys
 import tempfile
 import time
 import warnings
+from pathlib import Path
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -35,8 +37,7 @@ from datasets import Dataset  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer  # noqa: E402
 from trl.experimental.ppo import PPOConfig, PPOTrainer  # noqa: E402
 
-with open(args.prompts) as file:
-    rows = json.load(file)
+rows = json.loads(Path(args.prompts).read_text())
 tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
 policy, reference = (AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32) for _ in range(2))
 reward, value = (
@@ -62,14 +63,14 @@ def timed(*rest, **named):
 
 ppo.batch_generation = timed
 log: list[dict[str, float]] = []
-PPOTrainer.log = lambda self, logs, *rest: log.append(dict(logs))
+PPOTrainer.log = lambda _self, logs, *_rest: log.append(dict(logs))
 trainer = PPOTrainer(
     args=config, processing_class=tokenizer, model=policy, ref_model=reference, reward_model=reward, value_model=value,
     train_dataset=Dataset.from_dict({"input_ids": rows}), eval_dataset=Dataset.from_dict({"input_ids": rows[:2]}),
 )  # fmt: skip
 began, processor = time.perf_counter(), time.process_time()
 trainer.train()
-print(
+sys.stdout.write(
     "RESULT "
     + json.dumps(
         {
@@ -82,4 +83,5 @@ print(
             "kl": [entry["objective/kl"] for entry in log],
         }
     )
+    + "\n"
 )
