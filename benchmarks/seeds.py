@@ -28,6 +28,7 @@ SHOWN = {  # stage -> the number that it is to improve, and the words for it
     "adapter": ("judge.correct", "right answers"),
     "reward": ("accuracy", "pairs ranked right"),
     "aligned": ("judge.score", "gold score"),
+    "policy": ("judge.score", "gold score"),
 }
 
 
@@ -111,8 +112,20 @@ def page(results: Sequence[Result]) -> str:
         pairs = [result.pair(stage) for result in results]
         cells = " | ".join(f"{before:.1%} → {after:.1%}" for before, after in pairs)
         lines.append(f"| {stage} | {words} | {cells} | {sum(a > b for b, a in pairs)} of {len(pairs)} |")
-    drift = " | ".join(f"{result.metrics['aligned']['after.kl_sequence']['value']:.2f}" for result in results)
-    lines.append(f"| aligned | KL to its reference, nats per answer | {drift} | |")
+    for stage in ("aligned", "policy"):
+        drift = " | ".join(f"{result.metrics[stage]['after.kl_sequence']['value']:.2f}" for result in results)
+        lines.append(f"| {stage} | KL to its reference, nats per answer | {drift} | |")
+    rewards = [
+        [result.metrics["policy"][f"{when}.reward"]["value"] for when in ("before", "after")] for result in results
+    ]
+    cells = " | ".join(f"{before:.2f} → {after:.2f}" for before, after in rewards)
+    lines.append(
+        f"| policy | reward, of the reward model | {cells} | {sum(a > b for b, a in rewards)} of {len(rewards)} |"
+    )
+    guards = " | ".join(
+        ", ".join(a["guard"] for a in result.metrics["policy"]["guards"]) or "none" for result in results
+    )
+    lines.append(f"| policy | guards raised | {guards} | |")
     seconds = " | ".join(f"{result.seconds:.0f} s" for result in results)
     lines.append(f"| all | wall time, start-up included | {seconds} | |")
     return "\n".join(lines) + "\n"
