@@ -46,7 +46,7 @@ pretrained on that from nothing (`make base`), and its clerk is then taught to a
   rules. The gold score of an answer is 1 when it is right and breaks no principle, and 0 when it is wrong.
 
 Every stage is held against its parent on the same 300 held-out questions (the reward model on held-out pairs, against
-its untrained head). Made by `python benchmarks/seeds.py --seeds 5 --at-once 2 --out docs/harbour.md` on two processor cores, one for each chain:
+its untrained head). Made by `python benchmarks/seeds.py --seeds 5 --out docs/harbour.md`, one processor core for each chain:
 """
 
 
