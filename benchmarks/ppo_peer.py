@@ -32,6 +32,16 @@ WAYS: dict[str, dict[str, Any]] = {
     "value head on the policy's trunk": {"value": "trunk"},
     "adapters on one base": {"adapter": {"rank": 16}, "value": "adapter"},
 }
+INTRODUCTION = [
+    "# PPO beside TRL 1.12.0",
+    "",
+    "TRL 1.12.0 is the last one with PPO. Same Llama shape with random weights, same prompts, batch, response length, epochs and",
+    "arithmetic, processes of their own in turn, the allocator of both told to keep its memory. Seconds are of the processor; peak",
+    "memory is that of the process, libraries included. Made by `python benchmarks/ppo_peer.py --out docs/ppo-speed.md`. The",
+    "losses agree in kind and not in value: the responses are drawn by different generators, and TRL's value model starts from a",
+    "random head where ours starts from 0.",
+    "",
+]
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**26)}
 
 
@@ -188,6 +198,7 @@ def page(options: argparse.Namespace, found: dict[str, list[dict[str, Any]]]) ->
     """The table as Markdown."""
     peer = found.get("TRL 1.12.0")
     lines = [
+        *INTRODUCTION,
         f"PPO, {options.shape}, {options.batch} prompts, {options.response} new tokens, {options.epochs} epochs, "
         f"{'bfloat16' if options.bf16 else 'float32'}, {options.threads} thread(s); medians of {options.turns} turns of "
         f"{options.iterations} iterations ({platform.processor() or platform.machine()}).",
