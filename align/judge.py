@@ -33,16 +33,12 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from align.answers import Answer, Compare, holds, matches
 from align.errors import AlignError, did_you_mean
 from align.recipe.problems import Problem, node_at, refusal
 from align.recipe.settings import Count, Name, Settings
 from align.recipe.yaml_text import Node, parse_yaml, shown
 
-Compare = Literal["contains", "exact", "numeric"]
-Answer = str | int | float
-
-_MARKED_NUMBER = re.compile(r"####\s*(-?[\d,]*\.?\d+)")
-_NUMBER = re.compile(r"(?:(?<![\w.)])-)?(?:\d[\d,]*(?:\.\d+)?|(?<!\d)\.\d+)")  # the minus of 10-20 is a dash
 _SENTENCE_END = re.compile(r"[.!?]+(?=\s|$)|\n+")
 _WORD = re.compile(r"\w+")
 
@@ -171,7 +167,7 @@ class Judge:
         return False if expected.refuse is None and expected.answer is not None else expected.refuse
 
     def _correct(self, answer: str, expected: Expected, refused: bool, must_refuse: bool | None) -> bool | None:
-        if any(_holds(answer, text) for text in expected.not_):
+        if any(holds(answer, text) for text in expected.not_):
             return False
         if must_refuse:
             return refused
@@ -195,41 +191,6 @@ def _breaks(principle: Principle, prompt: str, answer: str, refused: bool, must_
         or (principle.refusal == "must" and must_refuse is True and not refused)
         or (principle.refusal == "must_not" and must_refuse is False and refused)
     )
-
-
-def matches(answer: str, wanted: Answer, compare: Compare) -> bool:
-    """Whether an answer is the wanted one."""
-    if compare == "numeric":
-        number, target = final_number(answer), _number_of(wanted)
-        return number is not None and target is not None and math.isclose(number, target, rel_tol=1e-12, abs_tol=1e-12)
-    if compare == "exact":
-        return _plain(answer) == _plain(str(wanted))
-    return _holds(answer, str(wanted))
-
-
-def comparable(wanted: Answer, compare: Compare) -> bool:
-    """Whether a wanted answer holds anything to compare: a number, or a word."""
-    return _number_of(wanted) is not None if compare == "numeric" else bool(_plain(str(wanted)))
-
-
-def final_number(text: str) -> float | None:
-    """The number after `####` (as in GSM8K), else the last number of the text; None where there is none."""
-    found = _MARKED_NUMBER.findall(text) or _NUMBER.findall(text)
-    return float(found[-1].replace(",", "")) if found else None
-
-
-def _number_of(wanted: Answer) -> float | None:
-    return wanted if isinstance(wanted, float) else final_number(str(wanted))
-
-
-def _holds(answer: str, words: str) -> bool:
-    """Whether `words` stand in the answer as whole words, case and spacing aside."""
-    plain = re.escape(_plain(words))
-    return bool(plain) and re.search(rf"(?<!\w){plain}(?!\w)", _plain(answer)) is not None
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split()).strip(" .!?\"'")
 
 
 def _any(patterns: Iterable[str], text: str) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -26,10 +26,12 @@ from align.evaluation.intervals import (
     transformed,
     wilson,
 )
-from align.judge import Verdict
 from align.preference_losses import Pair
 from align.progress import Progress
 from align.rollout.scoring import AnswerLogps, answer_logps, pair_rewards
+
+if TYPE_CHECKING:
+    from align.judge import Verdict
 
 Rows = list[dict[str, Any]]
 LIKE_LENGTH = 0.2  # replies whose lengths differ by less than this share of the longer one are of like length

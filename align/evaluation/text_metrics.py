@@ -19,9 +19,9 @@ from evaluate.module import Features, Value  # the types of `datasets`, through 
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 
+from align.answers import final_number
 from align.errors import AlignError, did_you_mean
 from align.evaluation.intervals import Estimate, Floats, Numbers, bootstrap, mean, wilson
-from align.judge import final_number
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)

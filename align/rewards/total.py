@@ -6,17 +6,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from align.data.examples import Question
 from align.errors import AlignError
-from align.judge import Judge
 from align.progress import Progress
 from align.recipe import ppo_settings as settings
 from align.rewards.function import Function
 from align.rewards.model import ModelReward, RewardModel
 from align.rewards.response import Response, Reward
 from align.rewards.verifiable import AnswerMatch, Judged, Length, Regex
+
+if TYPE_CHECKING:
+    from align.judge import Judge
 
 LARGEST = 3.4e38  # what float32, in which advantages are reckoned, can hold
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from align.answers import Answer, comparable, matches
 from align.data.examples import Question, prompt_of
 from align.errors import AlignError
-from align.judge import Answer, Judge, comparable, matches
 from align.progress import Progress
 from align.recipe.yaml_text import shown
 from align.rewards.response import Response, Reward
+
+if TYPE_CHECKING:
+    from align.judge import Judge
 
 
 class AnswerMatch(Reward):

@@ -11,12 +11,12 @@ from torch import nn
 from align.chat.templates import stop_token_ids
 from align.data.examples import Question, prompt_of
 from align.evaluation.numbers import as_metrics, judge_changes, judge_numbers
-from align.judge import Verdict
 from align.progress import Progress
 from align.rollout.generation import Reply, Sampling, generate
 from align.stages.stage import Inputs
 
 if TYPE_CHECKING:
+    from align.judge import Verdict
     from align.stages.encoding import Desk
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from align.data.examples import Question
 from align.data.prepared import PreparedData
-from align.judge import Judge
 from align.models.source import Source
 from align.recipe.settings import EvaluationSettings
+
+if TYPE_CHECKING:
+    from align.judge import Judge
 
 
 @dataclass(frozen=True)
