@@ -8,15 +8,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from align.data.examples import Document, Example, Preference
+from align.critique.endpoint import Endpoint
+from align.data.examples import Document, Example, Message, Preference
 from align.data.prepare import prepare
 from align.data.prepared import PreparedData
 from align.errors import AlignError
+from align.recipe.critique_settings import CritiqueSettings, EndpointCritic
 from align.recipe.graph import topological_order
+from align.recipe.outputs import outputs_in
 from align.recipe.ppo_settings import ModelReward, PpoSettings
 from align.recipe.settings import DpoSettings, KtoLoss, SigmoidLoss, TrainingSettings
 
 if TYPE_CHECKING:
+    from align.constitution import Constitution
+    from align.judge import Judge
     from align.origins import Workshop
     from align.stages.encoding import Desk
 
@@ -49,11 +54,13 @@ def check_recipe(workshop: Workshop) -> list[DataCheck]:
     workshop.template()
     workshop.judge()
     names = dict.fromkeys(name for stage in topological_order(recipe) for name in workshop.data_names(stage))
-    prepared = {name: prepare(name, recipe.data, folder=workshop.folder, seed=recipe.seed) for name in names}
+    there = [name for name in names if not outputs_in(recipe, name)]
+    prepared = {name: prepare(name, recipe.data, folder=workshop.folder, seed=recipe.seed) for name in there}
     found = {name: DataCheck(name, data.report.as_dict()) for name, data in prepared.items()}
     for name in topological_order(recipe):
         stage = recipe.stages[name]
-        if isinstance(stage, TrainingSettings):
+        check_critique(workshop, name, prepared)
+        if isinstance(stage, TrainingSettings) and stage.data in prepared:
             check_rows(name, stage, prepared[stage.data])
             check_ppo(workshop, name, prepared)
             found[stage.data].stages[name] = _lengths(workshop, name, stage, prepared[stage.data])
@@ -132,14 +139,51 @@ def check_ppo(workshop: Workshop, name: str, prepared: Mapping[str, PreparedData
     if stage.engine == "vllm" and "vllm" not in sys.modules and importlib.util.find_spec("vllm") is None:
         raise AlignError(f"stage '{name}': vllm is not installed", "pip install vllm, or set engine: local.")
     workshop.reward_points(name, {})
-    data = prepared[stage.data]
-    questions = [row for row in (*data.train, *data.test) if not isinstance(row, Document)]
+    data, asked = prepared[stage.data], workshop.recipe.evaluation.prompts
+    held_out = prepared[asked].test if asked else data.test
+    questions = [row for row in (*data.train, *held_out) if not isinstance(row, Document)]
     terms = [term for term in (*stage.reward, *stage.watch) if not isinstance(term, ModelReward)]
     try:
         build_rewards(terms, models={}, judges=workshop.judges(name)).check(questions)
     except AlignError as error:
         error.message = f"stage '{name}': {error.message}"
         raise
+
+
+def check_critique(workshop: Workshop, name: str, prepared: Mapping[str, PreparedData]) -> None:
+    """Raises AlignError for a critique stage whose constitution, critic or prompts are not as they have to be."""
+    stage = workshop.stage(name)
+    if not isinstance(stage, CritiqueSettings):
+        return
+    constitution = workshop.constitution(name)
+    assert constitution is not None, "a critique stage names one"
+    judge = next(iter(workshop.judges(name).values()), None)
+    if judge is not None:
+        check_judge_critic(name, judge, constitution)
+    workshop.critic_point(name, {})
+    if isinstance(stage.critic, EndpointCritic):
+        with Endpoint.open(stage.critic) as endpoint:
+            endpoint.check()
+            if stage.samples or (stage.revisions and stage.check_revisions):  # a server may give no log-probabilities
+                endpoint.option_logps((Message("user", "Answer with A or B."),), constitution.options)
+    data = prepared[stage.data]
+    if not any(not isinstance(row, Document) for row in data.train):
+        raise AlignError(
+            f"stage '{name}' (critique) needs prompts; data set '{stage.data}' has none ({len(data.train)} rows of kind "
+            f"'{data.kind}')",
+            "Name a data set of prompts, conversations or preferences.",
+        )
+
+
+def check_judge_critic(name: str, judge: Judge, constitution: Constitution) -> None:
+    """Raises AlignError when a judge that is to criticise does not know all principles of the constitution."""
+    known = {principle.id for principle in judge.rules.principles}
+    unknown = [principle.id for principle in constitution.principles if principle.id not in known]
+    if unknown:
+        raise AlignError(
+            f"stage '{name}': the judge that is its critic has no rule for principle '{unknown[0]}'",
+            f"Its principles: {', '.join(sorted(known)) or 'none'}. Give it one of that id, or take another critic.",
+        )
 
 
 def _desk(workshop: Workshop, name: str, stage: TrainingSettings) -> Desk:

@@ -17,6 +17,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from align.progress import Bar, Progress
+from align.registry.records import StageData
 from align.report import words
 from align.report.data_view import DROPPED
 from align.report.numbers import Change, Number, headline, parity, raised_guards
@@ -115,9 +116,12 @@ class _TimeLeft(ProgressColumn):
         return Text(f"{words.duration(left) if left >= 10 else f'{left:.0f} s'} left", style="dim")
 
 
-def stage_table(checkpoints: Iterable[CheckpointRecord]) -> Table:
-    """The number that each stage is there to move, parent -> child on held-out rows, 95% intervals below."""
-    records = list(checkpoints)
+def stage_table(made: Iterable[CheckpointRecord | StageData]) -> Table:
+    """The number that each stage is there to move, parent -> child on held-out rows, 95% intervals below.
+
+    For a stage that makes data it is what the last revisions are worth, against the first answers.
+    """
+    records = list(made)
     recipes = {record.name.rpartition("/")[0] for record in records}
     table = _table(stage="", measured="", parent="right", **{"": ""}, child="right", change="right", verdict="")
     table.title = words.one_line(f"{recipes.pop()}: held-out numbers") if len(recipes) == 1 else None
@@ -219,7 +223,9 @@ def _cell(text: str) -> Text:
     return cell.append(f"\n{words.one_line(below)}", style="dim") if below else cell
 
 
-def _kind(record: CheckpointRecord) -> str:
+def _kind(record: CheckpointRecord | StageData) -> str:
+    if isinstance(record, StageData):
+        return record.kind
     settings = record.recipe.get("settings", record.recipe)
     kind = settings.get("kind", "") if isinstance(settings, Mapping) else ""
     return str(kind) or record.kind

@@ -22,6 +22,7 @@ from align.recipe.settings import AdapterSettings, RewardSettings, TrainingSetti
 LIBRARIES_BYTES = 700 * 2**20  # resident size of a process that has imported torch, transformers and peft (measured)
 NF4_BYTES = 0.516  # a weight in nf4 with double quantization: 4 bits and its share of the scales (Dettmers 2023, 3.1)
 ADAPTER_BYTES = 4  # a weight of an adapter that does not train: adapters stay float32
+CACHED_TOKENS = 32_768  # that decode together, as rollout.generation bounds them
 UNKNOWN_LENGTH = 512  # tokens of a row of which nothing is known
 TRAINED_BYTES = 16  # float32 weight, gradient and two moments of AdamW
 BYTES_PER_TOKEN = 4.0  # of English text under a vocabulary of tens of thousands; fewer under a small one
@@ -149,10 +150,11 @@ def estimate_ppo(
         return Estimate(None, None)
     new = settings.max_new_tokens
     asked = prompts.tokens if prompts else max((settings.max_length or UNKNOWN_LENGTH) - new, 1)
-    cache = settings.rollouts * (asked + new) * 2 * shape.layers * shape.key_value * (2 if half else 4)
+    cached = min(settings.rollouts * (asked + new), CACHED_TOKENS)
+    cache = cached * 2 * shape.layers * shape.key_value * (2 if half else 4)
     tokens = min(settings.batch_tokens, settings.batch_size * (asked + new))
     learning = tokens * (_activation_bytes(settings, shape, half) + _logits_bytes(shape) * new / (asked + new))
-    weights = _weights(settings, shape, half) + _company_bytes(settings, shape, half, from_adapter=from_adapter)
+    weights = _weights(settings, shape, half) + _company_bytes(settings, shape, from_adapter=from_adapter)
     memory = LIBRARIES_BYTES + weights + sum(scorer.size for scorer in scorers) + max(cache, learning)
     if prompts is None or _has_gpu():
         return Estimate(int(memory), None)
@@ -185,14 +187,15 @@ def _weights(settings: TrainingSettings, shape: Shape, half: bool) -> float:
     return frozen_bytes(shape, settings.quantize, half=half) + trained
 
 
-def _company_bytes(settings: PpoSettings, shape: Shape, half: bool, *, from_adapter: bool) -> float:
+def _company_bytes(settings: PpoSettings, shape: Shape, *, from_adapter: bool) -> float:
     """Weights of the reference and of the value model, as far as they are not the policy's base."""
     kind = _value_kind(settings)
     adapter = shape.adapter_parameters(settings.adapter) if settings.adapter else 0
     if settings.adapter is None:
-        reference = frozen_bytes(shape, None, half=half)
+        reference = frozen_bytes(shape, None, half=False)  # in float32, as what trains
     else:
-        reference = ADAPTER_BYTES * adapter if from_adapter else 0
+        is_copy = from_adapter or settings.adapter.dora or settings.adapter.init == "pissa"
+        reference = ADAPTER_BYTES * adapter if is_copy else 0
     return reference + TRAINED_BYTES * {"adapter": adapter, "model": shape.parameters}.get(kind or "", 0)
 
 

@@ -8,34 +8,37 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import hashlib
 import importlib.metadata
 import json
 import os
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.data.prepare import prepare, source_key
 from align.data.prepared import PreparedData, read_prepared, write_prepared
-from align.errors import AlignError, did_you_mean
-from align.judge import Judge
+from align.errors import AlignError
 from align.models.source import Source, located, source_of
-from align.recipe.graph import reward_references
+from align.recipe.critique_settings import CritiqueSettings, JudgeCritic
+from align.recipe.file import with_learning_rates
+from align.recipe.graph import critic_reference, reward_references
+from align.recipe.outputs import outputs_in
 from align.recipe.ppo_settings import FunctionReward, JudgeReward, PpoSettings, Reward
-from align.recipe.settings import PretrainSettings, Recipe, Stage, TrainingSettings
+from align.recipe.rounds import written_out
+from align.recipe.settings import DataSettings, PretrainSettings, Recipe, Stage, TrainingSettings
+from align.recipe_files import RecipeFiles
 from align.registry.artifacts import disk_errors_explained
-from align.registry.hashing import folder_manifest, sha256_file, sha256_json
-from align.registry.records import CheckpointRecord, DataRecord
+from align.registry.hashing import folder_manifest, sha256_json
+from align.registry.records import CheckpointRecord, DataRecord, StageData
 
 if TYPE_CHECKING:
+    from align.constitution import Constitution
+    from align.judge import Judge
     from align.registry.store import Registry
 
-NUMERICS = 1  # raised whenever the same inputs would give other weights
+NUMERICS = 2  # raised whenever the same inputs would give other weights
 VERSIONS = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers")
 
 
@@ -50,20 +53,39 @@ class Origin:
 
 
 @dataclass(frozen=True)
+class Weights:
+    """The checkpoints that a stage works on: its start, the reward models that score it, and its critic's model."""
+
+    start: Origin
+    rewards: Mapping[str, Origin] = field(default_factory=dict)
+    critic: Origin | None = None
+
+
+@dataclass(frozen=True)
 class Workshop:
     """A recipe, the folder its paths are relative to, and the registry it works in.
 
+    written: the recipe as the user wrote it; `recipe` is the same with its loops written out.
     Data, template, judges and reward functions are read once: an edit while stages run is for the next run, and no key or
     record can name other content than what was trained on.
     """
 
-    recipe: Recipe
+    written: Recipe
     folder: Path
     registry: Registry
+    _made_data: dict[str, DataRecord] = field(default_factory=dict, repr=False, compare=False)
     _data_keys: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
     _data: dict[str, tuple[DataRecord, PreparedData]] = field(default_factory=dict, repr=False, compare=False)
-    _judges: dict[str, tuple[str, Judge]] = field(default_factory=dict, repr=False, compare=False)
-    _functions: dict[str, str | None] = field(default_factory=dict, repr=False, compare=False)
+
+    @cached_property
+    def files(self) -> RecipeFiles:
+        """The judges, constitutions, templates and functions that the recipe names."""
+        return RecipeFiles(self.folder)
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """The recipe that is run: each round of a loop is stages of its own."""
+        return with_learning_rates(written_out(self.written))
 
     def stage(self, name: str) -> Stage:
         """Settings of the stage of that name."""
@@ -82,6 +104,17 @@ class Workshop:
     def model(self) -> Origin:
         """The recipe's own model."""
         return self._origin(self.recipe.model)
+
+    def weights(self, name: str, made: Mapping[str, CheckpointRecord]) -> Weights | None:
+        """The checkpoints that a stage works on; None while one of them is still to be made.
+
+        made: what this recipe has made, by stage. Raises AlignError for one that is not what the stage needs.
+        """
+        start, rewards = self.starting_point(name, made), self.reward_points(name, made)
+        critic = self.critic_point(name, made)
+        if start is None or rewards is None or (critic is None and critic_reference(self.stage(name))):
+            return None
+        return Weights(start, rewards, critic)
 
     def starting_point(self, name: str, made: Mapping[str, CheckpointRecord]) -> Origin | None:
         """Where a stage starts; None while the stage before it has not been made. `made`: this recipe's, by stage name."""
@@ -119,68 +152,124 @@ class Workshop:
             )
         return origin
 
+    def critic_point(self, name: str, made: Mapping[str, CheckpointRecord]) -> Origin | None:
+        """The model of a stage's critic, where that is a checkpoint; None: it has none, or that is still to be made."""
+        reference = critic_reference(self.stage(name))
+        if reference is None or (reference in self.recipe.stages and reference not in made):
+            return None
+        try:
+            origin = self._recorded(made[reference]) if reference in made else self._origin(reference)
+        except AlignError as error:
+            error.message = f"stage '{name}': its critic '{reference}': {error.message}"
+            raise
+        if origin.source.is_reward:
+            raise AlignError(f"stage '{name}': its critic '{reference}' is a reward model, which writes no text")
+        return origin
+
     def judges(self, name: str) -> dict[str | None, Judge]:
-        """The judges among the rewards of a stage, by the file that the recipe names; None is that of `evaluation:`."""
-        files = {term.file for term in _terms(self.stage(name)) if isinstance(term, JudgeReward)}
-        judges = {file: self._judge_of(file)[1] if file else self.judge() for file in files}
+        """The judges that score or criticise in a stage, by the file that the recipe names; None is that of `evaluation:`."""
+        files = _judge_files(self.stage(name))
+        judges = {file: self.files.judge(file)[1] if file else self.judge() for file in files}
         return {file: judge for file, judge in judges.items() if judge is not None}
 
-    def data_names(self, name: str) -> list[str]:
-        """Data sets that a stage reads: what it trains on, and the one whose held-out prompts are answered."""
+    def constitution(self, name: str) -> Constitution | None:
+        """The constitution of a critique stage; None for any other stage."""
         stage = self.stage(name)
-        own = [stage.data] if isinstance(stage, TrainingSettings) else []
+        return self.files.constitution(stage.constitution)[1] if isinstance(stage, CritiqueSettings) else None
+
+    def deliver(self, name: str, made: StageData) -> None:
+        """Makes what a stage of this recipe has made known to the stages that train on it."""
+        for output, record in made.outputs.items():
+            data = f"{name}.{output}"
+            if self._made_data.get(data) != record:
+                self._made_data[data] = record
+                for kept in (self._data, self._data_keys):
+                    for known in [one for one in kept if data in outputs_in(self.recipe, one)]:
+                        del kept[known]
+
+    def unmade(self, data: str) -> list[str]:
+        """What stages are still to make before a data set is there."""
+        return [output for output in outputs_in(self.recipe, data) if output not in self._made_data]
+
+    def waits_for(self, name: str) -> list[str]:
+        """Data sets of other stages that a stage trains on and that are still to be made."""
+        stage = self.stage(name)
+        return self.unmade(stage.data) if isinstance(stage, TrainingSettings) else []
+
+    def data_names(self, name: str) -> list[str]:
+        """Data sets that a stage reads: its own, and the one whose held-out prompts are answered."""
+        stage = self.stage(name)
+        own = [stage.data] if isinstance(stage, TrainingSettings | CritiqueSettings) else []
         asked = self.recipe.evaluation.prompts
         return list(dict.fromkeys([*own, *([asked] if asked else [])]))
 
     def data_key(self, name: str) -> str:
         """Content hash of a data set: the bytes of its files and the settings that choose among its rows."""
         if name not in self._data_keys:
-            self._data_keys[name] = source_key(name, self.recipe.data, folder=self.folder, seed=self.recipe.seed)
+            made = self._made_data.get(name)
+            self._data_keys[name] = made.key if made else source_key(name, self.sources(), **self._read_by)
         return self._data_keys[name]
+
+    def sources(self) -> dict[str, DataSettings]:
+        """Where all data sets come from: those of the recipe, and the files of those that stages have made."""
+        made = {name: _settings_of(record) for name, record in self._made_data.items()}
+        return {**self.recipe.data, **made}
 
     def data(self, name: str) -> tuple[DataRecord, PreparedData]:
         """A data set, checked, filtered and split; prepared once for each content and kept in the registry."""
         if name not in self._data:
-            record = self.registry.data_by_key(self.data_key(name)) or self._added_data(name)
+            record = (
+                self._made_data.get(name) or self.registry.data_by_key(self.data_key(name)) or self._added_data(name)
+            )
             self.registry.check_unchanged(record)
             self._data[name] = record, read_prepared(record.path)
         return self._data[name]
 
+    @property
+    def _read_by(self) -> dict[str, Any]:
+        return {"folder": self.folder, "seed": self.recipe.seed}
+
     def _added_data(self, name: str) -> DataRecord:
-        prepared = prepare(name, self.recipe.data, folder=self.folder, seed=self.recipe.seed)
+        prepared = prepare(name, self.sources(), **self._read_by)
         aside = self.registry.new_folder("data")
         with disk_errors_explained(aside):
             write_prepared(prepared, aside)
         return self.registry.add_data(self.full_name(name), self.data_key(name), aside, prepared.report.as_dict())
 
-    def key(self, name: str, origin: Origin, rewards: Mapping[str, Origin]) -> str:
-        """Cache key of a stage that starts at `origin` and is scored by `rewards` (see `reward_points`)."""
-        return sha256_json(self.ingredients(name, origin, rewards))
+    def key(self, name: str, weights: Weights) -> str:
+        """Cache key of a stage."""
+        return sha256_json(self.ingredients(name, weights))
 
-    def ingredients(self, name: str, origin: Origin, rewards: Mapping[str, Origin]) -> dict[str, Any]:
+    def ingredients(self, name: str, weights: Weights) -> dict[str, Any]:
         """All that the key of a stage is made from, readable: the plan names what differs."""
-        evaluation = self.recipe.evaluation
-        scored = self._scored_with(name, rewards) if isinstance(self.stage(name), PpoSettings) else {}
+        evaluation, template = self.recipe.evaluation, self.recipe.template
         return {
             "settings": stage_settings(self.stage(name)),
             "seed": self.seed(name),
-            "parent": origin.id,
+            "parent": weights.start.id,
             "data": {data: self.data_key(data) for data in self.data_names(name)},
-            "template": self._template_file[0],
-            "judge": self._judge_file[0],
+            "template": self.files.template(template)[0] if template else None,
+            "judge": self.files.judge(evaluation.judge)[0] if evaluation.judge else None,
             "evaluation": evaluation.model_dump(mode="json", exclude={"judge", "samples"}),
             "versions": {"numerics": str(NUMERICS), **library_versions()},
-            **scored,
+            **self._judged_by(name, weights),
         }
 
-    def _scored_with(self, name: str, rewards: Mapping[str, Origin]) -> dict[str, Any]:
-        """Content of all that scores the responses of a ppo stage; a function's module counts, what it imports does not."""
-        terms = _terms(self.stage(name))
-        files = {term.file for term in terms if isinstance(term, JudgeReward) and term.file}
+    def _judged_by(self, name: str, weights: Weights) -> dict[str, Any]:
+        """Content of all that a stage's answers are scored or criticised by; what a function's module imports does not
+        count."""
+        stage = self.stage(name)
+        judges = {file: self.files.judge(file)[0] for file in _judge_files(stage) if file}
+        if isinstance(stage, CritiqueSettings):
+            critic = weights.critic.id if weights.critic else None
+            return {"constitution": self.files.constitution(stage.constitution)[0], "critic": critic, "judges": judges}
+        if not isinstance(stage, PpoSettings):
+            return {}
+        functions = [term.name for term in _terms(stage) if isinstance(term, FunctionReward)]
         return {
-            "rewards": {reference: origin.id for reference, origin in rewards.items()},
-            "judges": {file: self._judge_of(file)[0] for file in files},
-            "functions": {term.name: self._function_sha256(term) for term in terms if isinstance(term, FunctionReward)},
+            "rewards": {reference: origin.id for reference, origin in weights.rewards.items()},
+            "judges": judges,
+            "functions": {function: self.files.function(function) for function in functions},
         }
 
     def _origin(self, reference: str, *, scores: bool = False) -> Origin:
@@ -200,47 +289,15 @@ class Workshop:
             return self._foreign(reference, reference, scores=scores)
         return self._recorded(record)
 
-    def _judge_of(self, file: str) -> tuple[str, Judge]:
-        """Hash of a judge's file, and the judge."""
-        if file not in self._judges:
-            path = existing_file(self.folder / file)
-            self._judges[file] = sha256_file(path), Judge.load(path)
-        return self._judges[file]
-
-    def _function_sha256(self, term: FunctionReward) -> str | None:
-        """Hash of the file that holds a reward function; None where its module is no file."""
-        if term.name not in self._functions:
-            spec = module_spec(term.name.partition(":")[0])
-            file = Path(spec.origin) if spec and spec.origin else None
-            self._functions[term.name] = sha256_file(file) if file and file.is_file() else None
-        return self._functions[term.name]
-
     def judge(self) -> Judge | None:
         """The judge that marks answers, if the recipe names one."""
-        return self._judge_file[1]
+        file = self.recipe.evaluation.judge
+        return self.files.judge(file)[1] if file else None
 
     def template(self) -> str | None:
         """Text of the recipe's own chat template, if it names one."""
-        return self._template_file[1]
-
-    @cached_property
-    def _judge_file(self) -> tuple[str | None, Judge | None]:
-        """Hash of the judge's file, and the judge."""
-        path = self.recipe.evaluation.judge
-        return self._judge_of(path) if path else (None, None)
-
-    @cached_property
-    def _template_file(self) -> tuple[str | None, str | None]:
-        """Hash of the template's file, and its text."""
-        path = self.recipe.template
-        if not path:
-            return None, None
-        file = existing_file(self.folder / path)
-        content = file.read_bytes()
-        try:
-            return hashlib.sha256(content).hexdigest(), content.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise AlignError(f"{file} is not UTF-8 (byte {error.start})", "Save the template as UTF-8.") from error
+        file = self.recipe.template
+        return self.files.template(file)[1] if file else None
 
     def _foreign(self, path: str, name: str, *, scores: bool) -> Origin:
         scratch = any(isinstance(s, PretrainSettings) and s.from_scratch for s in self.recipe.stages.values())
@@ -284,27 +341,22 @@ def library_versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("align", *VERSIONS)}
 
 
-def module_spec(module: str) -> ModuleSpec | None:
-    """Where a module is, from the working folder on, without running it or a package around it; None: there is none."""
-    spec: ModuleSpec | None = None
-    path: Sequence[str] | None = [str(Path.cwd()), *sys.path]
-    parts = module.split(".")
-    for number in range(len(parts)):
-        spec = PathFinder.find_spec(".".join(parts[: number + 1]), path) if path is not None else None
-        path = spec.submodule_search_locations if spec else None
-    return spec
+def _judge_files(stage: Stage) -> set[str | None]:
+    """Files of the judges that score or criticise in a stage; None is that of `evaluation:`."""
+    if isinstance(stage, CritiqueSettings):
+        return {stage.critic.file} if isinstance(stage.critic, JudgeCritic) else set()
+    return {term.file for term in _terms(stage) if isinstance(term, JudgeReward)}
+
+
+def _settings_of(made: DataRecord) -> DataSettings:
+    """A data set that a stage made, as one to read."""
+    train, test = made.path / "train.jsonl", made.path / "test.jsonl"
+    held_out = {"test": str(test)} if test.stat().st_size else {"test_fraction": 0.0}
+    return DataSettings.model_validate({"path": str(train), "deduplicate": False, **held_out})
 
 
 def _terms(stage: Stage) -> list[Reward]:
     return [*stage.reward, *stage.watch] if isinstance(stage, PpoSettings) else []
-
-
-def existing_file(path: Path) -> Path:
-    """The path, if it is a file. Raises AlignError with the nearest name beside it."""
-    if path.is_file():
-        return path
-    beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    raise AlignError(f"there is no file {path}", did_you_mean(path.name, beside) if beside else "")
 
 
 def _content_id(folder: Path, registry: Registry) -> str:

@@ -23,22 +23,30 @@ from align.estimate import (
     estimate_ppo,
     frozen_bytes,
 )
-from align.recipe.graph import adapter_stage, needed, reward_references, stage_graph
+from align.products import Made, Products, best_round, too_late
+from align.recipe.critique_settings import OUTPUTS, CritiqueSettings
+from align.recipe.graph import adapter_stage, critic_reference, needed, reward_references, stage_graph
 from align.recipe.ppo_settings import PpoSettings
-from align.recipe.settings import TrainingSettings
-from align.registry.records import CheckpointRecord
+from align.recipe.rounds import stages_of_loop
+from align.recipe.settings import ConstitutionSettings, Stage, TrainingSettings
+from align.registry.hashing import sha256_json
+from align.registry.records import CheckpointRecord, StageData
 
 if TYPE_CHECKING:
-    from align.origins import Origin, Workshop
+    from align.origins import Weights, Workshop
 
 BFLOAT16_MIN_WIDTH = 256  # as models.hardware decides for precision: auto, without importing torch
 
-Action = Literal["run", "reuse", "resume"]
+Action = Literal["run", "reuse", "resume", "skip"]
+NOTHING = Estimate(0, 0)
 
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """One line of a plan. `made` is the checkpoint that is reused; peak memory and time are None where unknown."""
+    """One line of a plan. `made` is what is reused; peak memory and time are None where unknown.
+
+    A round of a loop is skipped when the one before it no longer lowered the violation rate.
+    """
 
     name: str
     kind: str
@@ -46,13 +54,14 @@ class PlannedStage:
     why: str
     key: str | None
     estimate: Estimate
-    made: CheckpointRecord | None = None
+    made: Made | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """JSON form."""
         return {
             "name": self.name, "kind": self.kind, "action": self.action, "why": self.why, "key": self.key,
-            "checkpoint": self.made.id if self.made else None,
+            "checkpoint": self.made.id if isinstance(self.made, CheckpointRecord) else None,
+            "data": _data_ids(self.made) if isinstance(self.made, StageData) else None,
             "peak_memory_bytes": self.estimate.peak_memory_bytes, "seconds": self.estimate.seconds,
         }  # fmt: skip
 
@@ -61,46 +70,95 @@ def plan(workshop: Workshop, stages: Sequence[str] = (), force: Sequence[str] = 
     """The named stages (all, when none is named) and all they need, in the order in which they run."""
     order = needed(workshop.recipe, list(stages) or list(workshop.recipe.stages))
     needed(workshop.recipe, list(force))  # a forced stage that does not exist is refused
-    made: dict[str, CheckpointRecord] = {}
-    planned = []
-    for name in order:
-        entry = planned_stage(workshop, name, made, forced=name in force)
-        if entry.made is not None:
-            made[name] = entry.made
-        planned.append(entry)
+    products = Products(workshop)
+    return [planned_stage(workshop, name, products, forced=name in force) for name in order]
+
+
+def planned_stage(workshop: Workshop, name: str, products: Products, *, forced: bool = False) -> PlannedStage:
+    """What is to be done for one stage. products: what the stages before it have made, as far as it is up to date;
+    what is reused or skipped now is added."""
+    planned = _planned(workshop, name, products, forced)
+    if planned.action == "skip":
+        products.skipped.add(name)
+    if planned.made is not None:
+        products.add(name, planned.made)
     return planned
 
 
-def planned_stage(
-    workshop: Workshop, name: str, made: Mapping[str, CheckpointRecord], *, forced: bool = False
-) -> PlannedStage:
-    """What is to be done for one stage. `made`: checkpoints of the stages before it that are up to date."""
-    kind = workshop.stage(name).kind
+def _planned(workshop: Workshop, name: str, products: Products, forced: bool) -> PlannedStage:
+    stage = workshop.stage(name)
+    if isinstance(stage, ConstitutionSettings):
+        return _chosen_round(workshop, name, stage, products)
+    if why := too_late(workshop.recipe, name, products):
+        return PlannedStage(name, stage.kind, "skip", why, None, NOTHING)
     cost = _cost(workshop, name)
-    origin, rewards = workshop.starting_point(name, made), workshop.reward_points(name, made)
-    if origin is None or rewards is None:
-        missing = [need for need in stage_graph(workshop.recipe)[name] if need not in made]
-        does = "starts from" if origin is None else "is scored by"
-        return PlannedStage(name, kind, "run", f"{does} {missing[0]}, which will be new", None, cost)
-    key = workshop.key(name, origin, rewards)
-    found = workshop.registry.checkpoint_by_key(key)
+    weights, waiting = workshop.weights(name, products.checkpoints), workshop.waits_for(name)
+    if weights is None or waiting:
+        return PlannedStage(name, stage.kind, "run", _why_later(workshop, name, products, waiting), None, cost)
+    key = workshop.key(name, weights)
+    found = made_before(workshop, stage, key)
     if found is not None and not forced:
-        workshop.registry.check_unchanged(found)
-        return PlannedStage(name, kind, "reuse", f"made on {found.created[:16]}, nothing changed", key, cost, found)
+        for record in found.outputs.values() if isinstance(found, StageData) else [found]:
+            workshop.registry.check_unchanged(record)
+        why = f"made on {found.created[:16]}, nothing changed"
+        return PlannedStage(name, stage.kind, "reuse", why, key, cost, found)
     if workshop.registry.resumable(key) is not None and not forced:
-        return PlannedStage(name, kind, "resume", "was stopped; goes on from its last saved state", key, cost)
-    return PlannedStage(name, kind, "run", "forced" if forced else _why_new(workshop, name, origin, rewards), key, cost)
+        return PlannedStage(name, stage.kind, "resume", "was stopped; goes on from its last saved state", key, cost)
+    why = "forced" if forced else _why_new(workshop, name, weights)
+    return PlannedStage(name, stage.kind, "run", why, key, cost)
 
 
-def _why_new(workshop: Workshop, name: str, origin: Origin, rewards: Mapping[str, Origin]) -> str:
-    """What differs from the newest checkpoint of that name."""
+def made_before(workshop: Workshop, stage: Stage, key: str) -> Made | None:
+    """What a stage of this key made, if one was run."""
+    if not isinstance(stage, CritiqueSettings):
+        return workshop.registry.checkpoint_by_key(key)
+    found = {output: workshop.registry.data_by_key(output_key(key, output)) for output in OUTPUTS}
+    outputs = {output: record for output, record in found.items() if record is not None}
+    return StageData(outputs) if len(outputs) == len(OUTPUTS) else None
+
+
+def output_key(key: str, output: str) -> str:
+    """Key of a data set that the stage with this key makes."""
+    return sha256_json([key, output])
+
+
+def _data_ids(made: StageData) -> dict[str, str]:
+    return {output: record.id for output, record in made.outputs.items()}
+
+
+def _why_later(workshop: Workshop, name: str, products: Products, waiting: Sequence[str]) -> str:
+    if waiting:
+        return f"trains on {waiting[0]}, which will be new"
+    missing = next(need for need in stage_graph(workshop.recipe)[name] if not products.settled(need))
+    stage = workshop.stage(name)
+    does = "starts from" if missing == stage.from_ else "is scored by"
+    if missing == critic_reference(stage):
+        does = "is criticised by"
+    return f"{does} {missing}, which will be new"
+
+
+def _chosen_round(workshop: Workshop, name: str, stage: ConstitutionSettings, products: Products) -> PlannedStage:
+    """The choice among the rounds of a loop: nothing is run for it."""
+    pending = [one for one in stages_of_loop(workshop.recipe, name) if not products.settled(one)]
+    if pending:
+        why = f"is chosen among the rounds; {pending[0]} will be new"
+        return PlannedStage(name, stage.kind, "run", why, None, NOTHING)
+    number, record, why = best_round(name, stage, products)
+    return PlannedStage(name, stage.kind, "reuse", f"round {number}: {why}", None, NOTHING, record)
+
+
+def _why_new(workshop: Workshop, name: str, weights: Weights) -> str:
+    """What differs from what was made last under that name."""
+    full = workshop.full_name(name)
     try:
-        newest = workshop.registry.checkpoint(workshop.full_name(name))
-    except AlignError:
+        if isinstance(workshop.stage(name), CritiqueSettings):
+            before = workshop.registry.data(f"{full}.{next(iter(OUTPUTS))}").info["stage"]["ingredients"]
+        else:
+            before = workshop.registry.checkpoint(full).recipe
+    except (AlignError, KeyError):
         return "not made yet"
-    now = workshop.ingredients(name, origin, rewards)
-    before = {part: newest.recipe.get(part) for part in now}
-    found = differences(before, now)
+    now = workshop.ingredients(name, weights)
+    found = differences({part: before.get(part) for part in now}, now)
     return "changed: " + ", ".join(found[:3]) if found else "made otherwise"
 
 
@@ -175,6 +233,8 @@ def _prompts(workshop: Workshop, name: str) -> Prompts | None:
 
 def _data_bytes(workshop: Workshop, name: str) -> int | None:
     """Size of a data set's training part once it is registered; before, of its file; None when it lies elsewhere."""
+    if workshop.unmade(name):
+        return None
     record = workshop.registry.data_by_key(workshop.data_key(name))
     if record is not None:
         return (record.path / "train.jsonl").stat().st_size

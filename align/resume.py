@@ -9,7 +9,9 @@ from pydantic import ValidationError
 
 from align.errors import AlignError
 from align.origins import Workshop
-from align.plan import PlannedStage, differences, plan
+from align.plan import PlannedStage, differences, plan, planned_stage
+from align.products import Products
+from align.recipe.graph import needed
 from align.recipe.settings import Recipe
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ def _refuse_unless_same(workshop: Workshop, record: RunRecord, planned: list[Pla
     """A resumed run is the same run: same key, same folder, and everything before it is there."""
     *before, stage = planned
     hint = f"`align run RECIPE --stage {record.stage}` starts afresh on what is there now."
-    if changed := [entry for entry in before if entry.action != "reuse"]:
+    if changed := [entry for entry in before if entry.action not in ("reuse", "skip")]:
         raise AlignError(
             f"run {record.id} cannot go on: stage '{changed[0].name}', which it needs, is not what it was "
             f"({changed[0].why})",
@@ -53,9 +55,8 @@ def _refuse_unless_same(workshop: Workshop, record: RunRecord, planned: list[Pla
     if stage.key != record.key:
         raise AlignError(f"run {record.id} cannot go on: changed: {', '.join(_changes(workshop, record))}", hint)
     if stage.made is not None:
-        raise AlignError(
-            f"run {record.id} need not go on: {stage.made.name}@{stage.made.id[:8]} is what it would have made"
-        )
+        what = workshop.full_name(stage.name)
+        raise AlignError(f"run {record.id} need not go on: {what} is there already, as it would have made it")
     last = workshop.registry.resumable(record.key)
     if last is None or last.id != record.id:
         why = f"run {last.id} took it up later" if last else "its saved state is gone"
@@ -64,9 +65,10 @@ def _refuse_unless_same(workshop: Workshop, record: RunRecord, planned: list[Pla
 
 def _changes(workshop: Workshop, record: RunRecord) -> list[str]:
     """What decides the result and is not as it was when the run began."""
-    made = {entry.name: entry.made for entry in plan(workshop, [record.stage]) if entry.made is not None}
-    origin, rewards = workshop.starting_point(record.stage, made), workshop.reward_points(record.stage, made)
-    assert origin is not None, "a stage before this one was missing, and that has been refused"
-    assert rewards is not None, "the same"
-    now = workshop.ingredients(record.stage, origin, rewards)
+    products = Products(workshop)
+    for name in needed(workshop.recipe, [record.stage]):
+        planned_stage(workshop, name, products)
+    weights = workshop.weights(record.stage, products.checkpoints)
+    assert weights is not None, "a stage before this one was missing, and that has been refused"
+    now = workshop.ingredients(record.stage, weights)
     return differences({part: record.settings.get(part) for part in now}, now)

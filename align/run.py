@@ -11,24 +11,37 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align.checks import check_loggers, check_ppo, check_rows, check_start
+from align.checks import check_critique, check_loggers, check_ppo, check_rows, check_start
 from align.data.examples import Document, Question
-from align.data.prepared import DataReport, PreparedData
+from align.data.prepared import DataReport, PreparedData, write_prepared
 from align.data.split import without_questions_of
-from align.origins import Origin, Workshop, library_versions
-from align.plan import PlannedStage, plan, planned_stage
+from align.errors import AlignError
+from align.origins import Weights, Workshop, library_versions
+from align.plan import PlannedStage, output_key, plan, planned_stage
+from align.products import Made, Products
 from align.progress import Progress
+from align.recipe.critique_settings import (
+    CheckpointCritic,
+    CritiqueSettings,
+    EndpointCritic,
+    JudgeCritic,
+    SelfCritic,
+)
 from align.recipe.file import resolved
 from align.recipe.graph import needed
+from align.recipe.outputs import outputs_in
 from align.recipe.ppo_settings import ModelReward, PpoSettings
 from align.recipe.settings import Stage, TrainingSettings
 from align.registry.artifacts import disk_errors_explained
 from align.registry.hashing import sha256_file
-from align.registry.records import CheckpointRecord, DataUse
-from align.stages.stage import Inputs, RewardInput
+from align.registry.records import CheckpointRecord, DataUse, StageData
+from align.registry.run import NewData
+from align.stages.stage import DataOutcome, Inputs, RewardInput
 
 if TYPE_CHECKING:
+    from align.models.source import Source
     from align.registry.run import Run
+    from align.stages.critique import CriticParts
 
 STAGES = {  # kind of a stage -> the module whose `run` makes it; imported when it is needed, since it brings torch
     "pretrain": "align.stages.sft",
@@ -36,16 +49,23 @@ STAGES = {  # kind of a stage -> the module whose `run` makes it; imported when 
     "reward": "align.stages.reward",
     "dpo": "align.stages.dpo",
     "ppo": "align.stages.ppo",
+    "critique": "align.stages.critique",
     "merge": "align.stages.merge",
 }
 
 
 @dataclass(frozen=True)
 class Done:
-    """One stage of a finished chain: what was planned, and the checkpoint there is now."""
+    """One stage of a finished chain: what was planned, and what there is now; None: it was skipped."""
 
     planned: PlannedStage
-    checkpoint: CheckpointRecord
+    made: Made | None
+
+    @property
+    def checkpoint(self) -> CheckpointRecord:
+        """What a stage that makes weights has made."""
+        assert isinstance(self.made, CheckpointRecord), f"stage '{self.planned.name}' made no checkpoint"
+        return self.made
 
 
 class RunProgress(Progress):
@@ -77,54 +97,58 @@ def run_recipe(
     needed(workshop.recipe, list(force))  # a forced stage that does not exist is refused
     for run_id in workshop.registry.recover():
         progress.note(f"run {run_id} had finished when it was killed; its result is registered now")
-    names = dict.fromkeys(name for stage in order for name in workshop.data_names(stage))
+    _check(workshop, order, plan(workshop, stages, force))
+    products = Products(workshop)
+    done = []
+    for name in order:
+        forced = name in force
+        planned = planned_stage(workshop, name, products, forced=forced)
+        progress.note(f"{workshop.full_name(name)}: {planned.action} ({planned.why})")
+        if planned.action in ("run", "resume"):
+            products.add(name, _made(workshop, name, products, progress, forced=forced))
+        elif isinstance(planned.made, CheckpointRecord):
+            products.add(name, _named(workshop, name, planned.made))
+        done.append(Done(planned, products.made(name)))
+    return done
+
+
+def _check(workshop: Workshop, order: Sequence[str], planned: Sequence[PlannedStage]) -> None:
+    """Raises AlignError for all that can be refused before anything is made."""
+    names = dict.fromkeys(data for stage in order for data in workshop.data_names(stage) if not workshop.unmade(data))
     prepared = {name: workshop.data(name)[1] for name in names}
     for name in order:
         check_rows_of(workshop, name, prepared)
     check_loggers(workshop.recipe.log_to)
     workshop.judge()
-    for entry in plan(workshop, stages, force):
+    for entry in planned:
         if entry.made is None:
             check_start(workshop, entry.name, prepared)
             check_ppo(workshop, entry.name, prepared)
-    made: dict[str, CheckpointRecord] = {}
-    done = []
-    for name in order:
-        planned = planned_stage(workshop, name, made, forced=name in force)
-        progress.note(f"{workshop.full_name(name)}: {planned.action} ({planned.why})")
-        if planned.made is None:
-            inputs = _gathered(workshop, name, made)
-            made[name] = _execute(workshop, name, inputs, prepared, progress, forced=name in force)
-        else:
-            made[name] = _named(workshop, name, planned.made)
-        done.append(Done(planned, made[name]))
-    return done
+            check_critique(workshop, entry.name, prepared)
 
 
-@dataclass(frozen=True)
-class _Weights:
-    """The checkpoints that a stage works on: where it starts, and the reward models that it is scored with."""
-
-    start: Origin
-    rewards: Mapping[str, Origin]
-
-    def parents(self, settings: Stage) -> list[str]:
-        """Ids of what the stage's weights come from: its start, then the reward models that it learns from."""
-        terms = settings.reward if isinstance(settings, PpoSettings) else []
-        learnt = [self.rewards[term.from_].id for term in terms if isinstance(term, ModelReward)]
-        return list(dict.fromkeys([self.start.id, *learnt]))
-
-    def as_inputs(self) -> dict[str, Any]:
-        """Names and ids, as a run records them."""
-        rewards = {name: origin.id for name, origin in self.rewards.items()}
-        return {"parent": self.start.name, "parent_id": self.start.id, **({"rewards": rewards} if rewards else {})}
+def _made(workshop: Workshop, name: str, products: Products, progress: Progress, *, forced: bool) -> Made:
+    """Runs a stage whose parents and data have been made."""
+    weights = workshop.weights(name, products.checkpoints)
+    assert weights is not None, "stages before this one have just been made"
+    prepared = {data: workshop.data(data)[1] for data in workshop.data_names(name)}
+    check_rows_of(workshop, name, prepared)
+    return _execute(workshop, name, weights, prepared, progress, forced=forced)
 
 
-def _gathered(workshop: Workshop, name: str, made: Mapping[str, CheckpointRecord]) -> _Weights:
-    origin, rewards = workshop.starting_point(name, made), workshop.reward_points(name, made)
-    assert origin is not None, "stages before this one have just been made"
-    assert rewards is not None, "stages before this one have just been made"
-    return _Weights(origin, rewards)
+def _parents(settings: Stage, weights: Weights) -> list[str]:
+    """Ids of what the stage's weights come from: its start, then the reward models that it learns from."""
+    terms = settings.reward if isinstance(settings, PpoSettings) else []
+    learnt = [weights.rewards[term.from_].id for term in terms if isinstance(term, ModelReward)]
+    return list(dict.fromkeys([weights.start.id, *learnt]))
+
+
+def _as_inputs(weights: Weights) -> dict[str, Any]:
+    """Names and ids, as a run records them."""
+    rewards = {name: origin.id for name, origin in weights.rewards.items()}
+    critic = {"critic": weights.critic.name, "critic_id": weights.critic.id} if weights.critic else {}
+    start = {"parent": weights.start.name, "parent_id": weights.start.id}
+    return {**start, **({"rewards": rewards} if rewards else {}), **critic}
 
 
 def _named(workshop: Workshop, name: str, reused: CheckpointRecord) -> CheckpointRecord:
@@ -138,16 +162,16 @@ def _named(workshop: Workshop, name: str, reused: CheckpointRecord) -> Checkpoin
 def _execute(
     workshop: Workshop,
     name: str,
-    weights: _Weights,
+    weights: Weights,
     prepared: dict[str, PreparedData],
     progress: Progress,
     *,
     forced: bool,
-) -> CheckpointRecord:
+) -> Made:
     """Run one stage and register what it made; a run of the same key that was stopped goes on, unless forced anew."""
     settings, registry = workshop.stage(name), workshop.registry
-    ingredients = workshop.ingredients(name, weights.start, weights.rewards)
-    key, uses = workshop.key(name, weights.start, weights.rewards), data_uses(workshop, name)
+    ingredients = workshop.ingredients(name, weights)
+    key, uses = workshop.key(name, weights), data_uses(workshop, name)
     stopped = None if forced else registry.resumable(key)
     begun = (
         registry.resume_run(stopped.id)
@@ -157,8 +181,8 @@ def _execute(
             stage=name,
             kind=settings.kind,
             key=key,
-            settings={**ingredients, "recipe": resolved(workshop.recipe), "folder": str(workshop.folder)},
-            inputs={**weights.as_inputs(), "data": {use.name: use.id for use in uses}},
+            settings={**ingredients, "recipe": resolved(workshop.written), "folder": str(workshop.folder)},
+            inputs={**_as_inputs(weights), "data": {use.name: use.id for use in uses}},
             seed=workshop.seed(name),
         )
     )
@@ -167,10 +191,12 @@ def _execute(
         stage = import_module(STAGES[settings.kind])
         with disk_errors_explained(run.work):
             outcome = stage.run(settings, inputs, run.artifact, RunProgress(progress, run))
+            if isinstance(outcome, DataOutcome):
+                return _recorded_data(workshop, name, run, outcome, key, {**ingredients, **_as_inputs(weights)})
         return run.finish_checkpoint(
             name=workshop.full_name(name),
             kind=outcome.kind,
-            parents=weights.parents(settings),
+            parents=_parents(settings, weights),
             data=uses,
             template_sha256=outcome.template_sha256,
             tokenizer_sha256=_tokenizer_sha256(run.artifact),
@@ -178,6 +204,24 @@ def _execute(
             samples=outcome.samples,
             versions=library_versions(),
         )
+
+
+def _recorded_data(
+    workshop: Workshop, name: str, run: Run, outcome: DataOutcome, key: str, ingredients: Mapping[str, Any]
+) -> StageData:
+    """Data sets that a stage made, registered; what the stage says of itself stands with each of them."""
+    told = {
+        "name": workshop.full_name(name), "kind": workshop.stage(name).kind, "template_sha256": outcome.template_sha256,
+        "counts": outcome.counts, "metrics": outcome.metrics, "samples": outcome.samples,
+        "ingredients": dict(ingredients), "versions": library_versions(),
+    }  # fmt: skip
+    new = []
+    for output, prepared in outcome.outputs.items():
+        folder = run.artifact / output
+        write_prepared(prepared, folder)
+        info = {**prepared.report.as_dict(), "stage": told}
+        new.append(NewData(f"{workshop.full_name(name)}.{output}", output_key(key, output), folder, info))
+    return StageData(dict(zip(outcome.outputs, run.finish_data(new), strict=True)))
 
 
 def _tokenizer_sha256(folder: Path) -> str | None:
@@ -189,14 +233,14 @@ def _tokenizer_sha256(folder: Path) -> str | None:
 def _inputs(
     workshop: Workshop,
     name: str,
-    weights: _Weights,
+    weights: Weights,
     prepared: dict[str, PreparedData],
     run: Run,
 ) -> Inputs:
     settings, recipe = workshop.stage(name), workshop.recipe
     data = (
         prepared[settings.data]
-        if isinstance(settings, TrainingSettings)
+        if isinstance(settings, TrainingSettings | CritiqueSettings)
         else PreparedData("none", [], [], DataReport())
     )
     asked = recipe.evaluation.prompts
@@ -214,22 +258,30 @@ def _inputs(
         log_to=recipe.log_to,
         rewards={name: RewardInput(origin.source, origin.id) for name, origin in weights.rewards.items()},
         judges=workshop.judges(name),
+        constitution=workshop.constitution(name),
+        critic=weights.critic.source if weights.critic else None,
     )
 
 
 def data_uses(workshop: Workshop, name: str) -> list[DataUse]:
-    """The registered data set that a stage trains on; questions that it is only measured on are not among them."""
+    """The registered data set that a stage reads, and those of other stages in it; questions that it is only measured on
+    are not among them."""
     stage = workshop.stage(name)
-    if not isinstance(stage, TrainingSettings):
+    if not isinstance(stage, TrainingSettings | CritiqueSettings):
         return []
     record = workshop.data(stage.data)[0]
-    return [DataUse(stage.data, record.id, int(record.info.get("train_rows", 0)))]
+    parts = record.info.get("parts") or {}
+    made = [output for output in outputs_in(workshop.recipe, stage.data) if output != stage.data]
+    return [
+        DataUse(stage.data, record.id, int(record.info.get("train_rows", 0))),
+        *(DataUse(output, workshop.data(output)[0].id, int(parts.get(output, 0))) for output in made),
+    ]
 
 
-def check_rows_of(workshop: Workshop, name: str, prepared: dict[str, PreparedData]) -> None:
-    """Raises AlignError when a stage cannot use the rows of its data set; before anything is trained."""
+def check_rows_of(workshop: Workshop, name: str, prepared: Mapping[str, PreparedData]) -> None:
+    """Raises AlignError when a stage cannot use the rows of its data set, if that is there; before anything is trained."""
     stage = workshop.stage(name)
-    if isinstance(stage, TrainingSettings):
+    if isinstance(stage, TrainingSettings) and stage.data in prepared:
         check_rows(name, stage, prepared[stage.data])
 
 
@@ -239,3 +291,30 @@ def _questions(asked: PreparedData, trained: PreparedData, run: Run) -> list[Que
     if len(apart) < len(asked.test):
         run.log(f"{len(asked.test) - len(apart)} held-out questions are not asked: this stage trains on them")
     return [example for example in apart if not isinstance(example, Document)]
+
+
+def critic_of(workshop: Workshop, name: str) -> tuple[CriticParts, Source | None]:
+    """The critic of a critique stage, to be asked without the stage, and the policy it writes with, if it has no model
+    of its own. Raises AlignError where one of them is still to be made."""
+    from align.stages.critique import CriticParts
+
+    stage, constitution = workshop.stage(name), workshop.constitution(name)
+    assert isinstance(stage, CritiqueSettings)
+    assert constitution is not None, "a critique stage names one"
+    products = Products(workshop)
+    for need in needed(workshop.recipe, [name])[:-1]:
+        planned_stage(workshop, need, products)
+    policy = critic = None
+    if isinstance(stage.critic, SelfCritic | JudgeCritic):
+        policy = workshop.starting_point(name, products.checkpoints)
+    elif isinstance(stage.critic, CheckpointCritic):
+        critic = workshop.critic_point(name, products.checkpoints)
+    if policy is None and critic is None and not isinstance(stage.critic, EndpointCritic):
+        missing = stage.from_ if isinstance(stage.critic, SelfCritic | JudgeCritic) else stage.critic.from_
+        raise AlignError(
+            f"stage '{name}': its critic writes with '{missing}', which is still to be made",
+            f"align run RECIPE --stage {missing}",
+        )
+    judges, source = workshop.judges(name), critic.source if critic else None
+    parts = CriticParts(stage.critic, constitution, stage.max_new_tokens, judges, source)
+    return parts, policy.source if policy else None

@@ -177,6 +177,7 @@ class _StepTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
         self.task, self.stream, self.progress = task, stream, progress
         self._sums: Counter[str] = Counter()
         self._weight = 0.0
+        self._losses: list[float] = []  # of the steps that learnt something
         self._tokens, self._since = 0, time.perf_counter()
         self._current: list[int] = []
         arguments = _arguments(task, len(stream))
@@ -210,6 +211,7 @@ class _StepTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
         self._tokens += sum(lengths)
         mean = total / weight
         self._refuse_unless_finite("loss", float(mean))
+        self._losses.append(float(mean))
         self.bar.advance(1, tokens=sum(lengths), note=f"loss {float(mean):.3f}")
         return mean
 
@@ -217,7 +219,8 @@ class _StepTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
         own = self.task.own_rates
         named = [(name, weight) for name, weight in model.named_parameters() if weight.grad is not None]
         limit = self.args.max_grad_norm
-        self.accelerator.clip_grad_norm_([weight for name, weight in named if name in own], limit)
+        apart = self.accelerator.clip_grad_norm_([weight for name, weight in named if name in own], limit)
+        self._refuse_unless_finite("gradient norm of the value model", float(apart or 0.0))
         norm = self.accelerator.clip_grad_norm_([weight for name, weight in named if name not in own], limit)
         self._refuse_unless_finite("gradient norm", float(norm))
         return norm
@@ -233,8 +236,9 @@ class _StepTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
         if "loss" in logs:
             means = {name: total / self._weight for name, total in self._sums.items()} if self._weight else {}
             now = time.perf_counter()
-            logs = {**logs, **means, "tokens_per_second": self._tokens / (now - self._since)}
-            self._sums, self._weight = Counter(), 0.0
+            loss = sum(self._losses) / len(self._losses) if self._losses else 0.0
+            logs = {**logs, "loss": loss, **means, "tokens_per_second": self._tokens / (now - self._since)}
+            self._sums, self._weight, self._losses = Counter(), 0.0, []
             self._tokens, self._since = 0, now
             self.progress.metrics(self.state.global_step, {f"train.{name}": float(v) for name, v in logs.items()})
         super().log(logs, start_time)

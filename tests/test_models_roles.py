@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from align.chat.templates import prepare_tokenizer
 from align.errors import AlignError
 from align.models.adapters import fits_policy, put_reward_adapter
 from align.models.folders import load_tokenizer
@@ -18,6 +19,8 @@ from align.models.roles import AdapterReward, RoleOpener, Roles
 from align.models.source import source_of
 from align.models.trunk import hidden_states
 from align.rewards.model import RewardModel, context_encoder, said
+from align.rollout import refill
+from align.rollout.generation import Sampling, generate
 from tests.ppo_kit import adapter_of, chat_base, prompts, reward_of, settings
 
 ROWS = [[1, 9, 8, 7, 30, 2], [1, 40, 41, 42, 43, 44, 45, 2], [1, 5, 2]]
@@ -154,8 +157,65 @@ def test_what_cannot_be_combined_is_refused(tiny_llama: Path, tmp_path: Path) ->
     with pytest.raises(AlignError, match="value: adapter needs a policy that is an adapter"):
         opened(tiny_llama, tmp_path, value="adapter")
     reward = reward_of(tiny_llama, tmp_path / "reward")
-    with pytest.raises(AlignError, match="is no adapter on the policy's base"):
+    with pytest.raises(AlignError, match="no reward model is an adapter on the policy's base"):
         opened(tiny_llama, tmp_path, reward, adapter=LORA, value={"kind": "adapter", "start": "reward"})
+
+
+@pytest.mark.parametrize("value", ["adapter", "trunk", "model"])
+def test_recomputed_activations_give_the_same_gradients(value: str, tiny_llama: Path, tmp_path: Path) -> None:
+    """The backward pass runs each layer once more, long after the value model's adapter was switched off again."""
+    parent = adapter_of(tiny_llama, tmp_path / "parent")
+    found = []
+    for again in (False, True):
+        roles = opened(parent, tmp_path / str(again), value=value, gradient_checkpointing=again).train()
+        assert roles.value_head is not None
+        torch.nn.init.ones_(roles.value_head.weight)
+        with torch.no_grad():
+            for name, weight in roles.named_parameters():
+                if "lora_B.value" in name:
+                    weight.neg_()  # another adapter than the policy's
+        (logps(roles.policy).sum() + _values(roles).square().sum()).backward()
+        found.append({name: p.grad for name, p in roles.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    assert all((found[0][name] - found[1][name]).norm() <= 1e-4 * found[0][name].norm() for name in found[0])
+
+
+def test_the_dropout_of_the_parents_adapter_is_not_taken_over(tiny_llama: Path, tmp_path: Path) -> None:
+    roles = opened(adapter_of(tiny_llama, tmp_path / "parent", dropout=0.5), tmp_path).train()
+    assert roles.value_head is not None
+    torch.nn.init.ones_(roles.value_head.weight)
+    assert torch.equal(_values(roles), _values(roles))
+
+
+def test_rows_of_added_tokens_learn_at_the_rate_of_their_owner(tiny_llama: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(source_of(tiny_llama))
+    prepare_tokenizer(tokenizer, None)
+    roles = RoleOpener(settings(adapter=LORA), source_of(tiny_llama), None, tokenizer, 0, tmp_path).open()
+    assert any("trainable_tokens" in name for name in roles.value_names)
+    trained = {name for name, p in roles.named_parameters() if p.requires_grad}
+    assert set(roles.value_names) == {name for name in trained if "default" not in name}
+
+
+def test_a_new_dora_adapter_in_bfloat16_is_its_own_reference(tiny_llama: Path, tmp_path: Path) -> None:
+    roles = opened(tiny_llama, tmp_path, adapter={**LORA, "dora": True}, precision="bfloat16")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        policy = logps(roles.policy)
+        with roles.reference() as reference:
+            assert torch.equal(logps(reference), policy)
+
+
+def test_a_policy_with_roles_decodes_without_padding(tiny_llama: Path, tmp_path: Path) -> None:
+    roles = opened(tiny_llama, tmp_path, adapter=LORA)
+    assert refill.suits(roles.policy)
+    ids = [1, 9, 8, 7, 30]
+    with torch.no_grad():
+        (reply,) = generate(
+            roles.policy, load_tokenizer(source_of(tiny_llama)), [ids], Sampling(8, temperature=1.0), stop_ids=[2]
+        )
+        row = [[*ids, *reply.ids]]
+        states = hidden_states(roles.policy, row)[len(ids) - 1 : -1]
+        known = target_logps(roles.policy, states, torch.tensor(reply.ids))[0]
+    assert reply.logps == pytest.approx(known.tolist(), abs=1e-4)
 
 
 def _values(roles: Roles) -> torch.Tensor:

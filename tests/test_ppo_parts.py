@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from align.ppo import prompts as prompts_module
 from align.ppo.guards import Guards
 from align.ppo.prompts import RoundStream, prompts_of_round, rounds_of
 from align.ppo.round import Round, Tokens
-from align.ppo.statistics import repetition
+from align.ppo.statistics import repetition, round_numbers
 from align.recipe.ppo_settings import GuardSettings
+from align.rollout.generation import Reply
 from tests.ppo_kit import settings
 
 CPU = torch.device("cpu")
@@ -23,6 +25,14 @@ def test_every_prompt_is_answered_once_before_any_is_again() -> None:
     assert [sorted(asked[start : start + 10]) for start in range(0, 40, 10)] == [list(range(10))] * 4
     assert asked[:10] != asked[10:20]
     assert asked != [place for number in range(5) for place in prompts_of_round(number, 10, made, seed=2)]
+
+
+def test_many_prompts_are_shuffled_once_for_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    shuffled = []
+    order = prompts_module.epoch_order
+    monkeypatch.setattr(prompts_module, "epoch_order", lambda *about: shuffled.append(about) or order(*about))
+    prompts_of_round(3, 1000, settings(rollouts=64), seed=0)
+    assert shuffled == [(1000, 0, 0)]
 
 
 def test_samples_of_a_prompt_stand_side_by_side() -> None:
@@ -70,6 +80,14 @@ def test_a_round_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     assert torch.equal(again.weights, tables[5])
     mask = again.tokens([1], CPU).mask
     assert again.columns([1], mask)["values"].shape == (1, 1)
+
+
+def test_a_length_does_not_count_the_stop_token() -> None:
+    found = Round(0, [[1], [1]], [[5, 6, 2], [5, 6, 7]], *[torch.zeros(2, 3)] * 6)
+    replies = [Reply([5, 6, 2], "", True, [0.0] * 3), Reply([5, 6, 7], "", False, [0.0] * 3)]
+    numbers = round_numbers(found, torch.ones(2, 3).bool(), torch.zeros(2, 3), torch.zeros(2, 3), replies, [2.0, 3.0])
+    assert numbers["length"] == 2.5
+    assert numbers["length_correlation"] == pytest.approx(1.0)
 
 
 def test_repetition_counts_runs_of_four_that_came_before() -> None:

@@ -21,11 +21,12 @@ from align.cli.main import cli
 from align.errors import AlignError, Interrupted
 from align.estimate import LIBRARIES_BYTES, Prompts, Scorer, Shape, estimate_ppo
 from align.models.rewards import require_reward
-from align.origins import Workshop, module_spec
+from align.origins import Weights, Workshop
 from align.plan import plan
 from align.progress import Progress
 from align.recipe.file import load_recipe
 from align.recipe.settings import PpoSettings
+from align.recipe_files import module_spec
 from align.registry import Registry
 from align.resume import stopped_run
 from align.run import run_recipe
@@ -228,9 +229,9 @@ def test_a_module_is_found_without_running_its_package(tmp_path: Path, monkeypat
 
 def test_other_stages_keep_their_keys(bench: Bench) -> None:
     workshop = bench.workshop()
-    keys = set(workshop.ingredients("reward", workshop.model, {}))
+    keys = set(workshop.ingredients("reward", Weights(workshop.model)))
     assert keys == {"settings", "seed", "parent", "data", "template", "judge", "evaluation", "versions"}
-    assert set(workshop.ingredients("policy", workshop.model, {})) - keys == {"rewards", "judges", "functions"}
+    assert set(workshop.ingredients("policy", Weights(workshop.model))) - keys == {"rewards", "judges", "functions"}
 
 
 # Resuming ------------------------------------------------------------------------------------------------------------
@@ -400,13 +401,16 @@ def test_each_role_that_is_shared_lowers_the_estimate() -> None:
     weights = shape.parameters
     full = memory()
     assert full - memory(value="trunk") == pytest.approx(16 * weights)  # its own value model
-    assert memory(value="trunk") - LIBRARIES_BYTES > 16 * weights + 2 * weights  # and a reference
+    assert memory(value="trunk") - LIBRARIES_BYTES > 16 * weights + 4 * weights  # and a reference, in float32
     assert memory(estimator="rloo") == memory(value="trunk")
     shared = memory(**adapter)
     assert LIBRARIES_BYTES + 2 * weights < shared < LIBRARIES_BYTES + 4 * weights  # one base for all roles
     assert memory(**adapter, from_adapter=True) > shared > memory(**adapter, quantize="nf4")
     assert memory((Scorer(weights, 2 * weights),), **adapter) - shared == 2 * weights
     assert memory(**adapter, rollouts=4096) > shared, "the cache of a round can be the peak"
+    assert memory(**adapter, rollouts=4096) == memory(**adapter, rollouts=40960), "and no more decode together"
+    for start in ({"dora": True}, {"init": "pissa"}):  # their reference is a copy of how they start
+        assert memory(adapter={"rank": 16, **start}) == memory(**adapter, from_adapter=True)
 
 
 def test_time_grows_with_rounds_epochs_and_scorers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ import pytest
 import torch
 
 from align.chat.encoder import Encoder
+from align.data.examples import Message, Prompt
 from align.errors import AlignError, Interrupted, StageFailed
 from align.models.folders import load_tokenizer
 from align.models.loading import load_policy
 from align.models.source import source_of
 from align.ppo.collection import Collector
+from align.ppo.objective import PpoLoss
+from align.rollout.engine import LocalEngine
 from align.stages import ppo
 from align.state import complete_states
 from align.stopping import signals_handled
@@ -64,6 +68,35 @@ def test_the_five_checks_hold_and_are_recorded(way: str, base: Path, tmp_path: P
     }  # fmt: skip
     assert outcome.heard.series("round.kl")[0] == 0
     assert outcome.heard.series("train.clip_fraction")[0] == 0
+
+
+@pytest.mark.parametrize("value", ["model", "trunk"])
+def test_after_a_value_warm_up_the_ratio_is_proved_too(value: str, base: Path, tmp_path: Path) -> None:
+    outcome = run(base, tmp_path, value={"kind": value, "warmup_rounds": 1})
+    assert [row["holds"] for row in outcome.metrics["proof"]] == [True] * 5
+
+
+@pytest.mark.parametrize("way", ["dora", "pissa", "nf4"])
+def test_the_checks_hold_in_bfloat16(way: str, base: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "dora": {"adapter": {**LORA, "dora": True}}, "pissa": {"adapter": {**LORA, "init": "pissa"}},
+        "nf4": {"adapter": LORA, "quantize": "nf4"},
+    }[way]  # fmt: skip
+    outcome = run(base, tmp_path, rounds=1, precision="bfloat16", **changes)
+    assert [row["holds"] for row in outcome.metrics["proof"]] == [True] * 5
+
+
+def test_a_generator_that_is_not_the_policy_is_refused(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate = LocalEngine.generate
+
+    def off(self: LocalEngine, *rest: Any, **named: Any) -> Any:
+        return [replace(reply, logps=[logp - 0.1 for logp in reply.logps]) for reply in generate(self, *rest, **named)]
+
+    monkeypatch.setattr(LocalEngine, "generate", off)
+    with pytest.raises(StageFailed, match=r"generated with other probabilities than the policy's \(off by 0.1 nats"):
+        run(base, tmp_path)
 
 
 def test_a_reference_that_is_not_the_parent_is_refused(
@@ -249,6 +282,55 @@ def test_a_guard_warns_and_stops_where_the_recipe_says_so(base: Path, tmp_path: 
     assert (tmp_path / "stopped" / "out" / "model.safetensors").is_file()
 
 
+def test_what_a_guard_stopped_stays_stopped_when_it_is_run_again(base: Path, tmp_path: Path) -> None:
+    """A state may be saved at the very step that the guard ended, and a killed process goes on from there."""
+    wild = {
+        "rounds": 6, "round_epochs": 1, "batch_size": 8, "save_steps": 1, "learning_rate": 3e-2, "kl_coefficient": 0.0,
+        "guards": {"kl_limit": 0.5, "stop_on": ["kl"]},
+    }  # fmt: skip
+    first = run(base, tmp_path, **wild)
+    assert first.metrics["rounds"] < 6
+    assert run(base, tmp_path, **wild).metrics == first.metrics
+
+
+# Numbers -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_kl_coefficient_that_is_told_is_the_one_that_is_used(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part, used = PpoLoss._policy_part, {}
+
+    def spied(self: PpoLoss, *rest: Any) -> Any:
+        used[self._now.number] = self.collector.controls.kl.value
+        return part(self, *rest)
+
+    monkeypatch.setattr(PpoLoss, "_policy_part", spied)
+    steered = {"kl_in": "loss", "kl_estimator": "k2", "kl_target": 0.5, "kl_horizon": 10, "learning_rate": 1e-2}
+    outcome = run(base, tmp_path, rounds=3, **steered)
+    assert outcome.heard.series("round.kl_coefficient") == [used[number] for number in range(3)]
+    assert len(set(used.values())) == 3
+
+
+def test_a_run_that_max_steps_cuts_is_measured_as_often_as_another(base: Path, tmp_path: Path) -> None:
+    outcome = run(base, tmp_path, rounds=None, epochs=100.0, max_steps=20)
+    assert outcome.metrics["rounds"] == 5
+    assert len(outcome.heard.series("eval.reward")) == 5
+
+
+def test_a_watched_reward_is_logged_whatever_its_name(base: Path, tmp_path: Path) -> None:
+    reward = reward_of(base, tmp_path / "reward")
+    outcome = run(base, tmp_path, {"my_std": reward}, rounds=1, watch="my_std")
+    assert len(outcome.heard.series("eval.watch.my_std")) == 1
+
+
+def test_nothing_held_out_leaves_out_what_would_be_measured(base: Path, tmp_path: Path) -> None:
+    outcome = run(base, tmp_path, rounds=1, watch={"kind": "length", "target_tokens": 3}, given={"questions": []})
+    assert outcome.samples == []
+    assert not {"before.reward", "after.reward", "after.kl"} & set(outcome.metrics)
+    assert outcome.heard.series("eval.reward") == []
+
+
 # Bad input -----------------------------------------------------------------------------------------------------------
 
 
@@ -284,6 +366,25 @@ def test_prompts_that_leave_no_room_are_dropped_cut_or_refused(base: Path, tmp_p
         run(base, tmp_path / "c", rounds=1, max_length=longest, too_long="error")
     with pytest.raises(AlignError, match="none of the 8 prompts leaves room"):
         run(base, tmp_path / "d", rounds=1, max_length=8)
+
+
+def test_prompts_that_leave_a_reward_model_no_room_are_refused_before_training(base: Path, tmp_path: Path) -> None:
+    """Prompt and response fill the context, and the stop token that a cut-off response lacks comes on top."""
+    encoder, prompt = Encoder(load_tokenizer(source_of(base)), max_length=256), (Message("user", "7"),)
+    while len(encoder.prompt(prompt)) < 250:  # a token at a time
+        prompt = (Message("user", prompt[0].content + "7"),)
+    rewards = {"judge": reward_of(base, tmp_path / "reward")}
+    alone = {"rows": [Prompt(prompt)], "questions": []}
+    with pytest.raises(AlignError, match="a reply of 6 tokens to prompt 1 has 257 tokens with its prompt"):
+        run(base, tmp_path, rewards, reward="judge", rounds=1, given=alone)
+    assert not complete_states(tmp_path / "state")
+
+
+def test_a_long_prompt_leaves_room_for_the_probe_of_a_reward_model(base: Path, tmp_path: Path) -> None:
+    text = "heron figs pier " * 12  # twice that is beyond the context
+    rewards = {"judge": reward_of(base, tmp_path / "reward")}
+    given = {"rows": [Prompt((Message("user", text),))], "questions": []}
+    assert run(base, tmp_path, rewards, reward="judge", rounds=1, given=given).metrics["rounds"] == 1
 
 
 def test_a_state_holds_no_frozen_weight(base: Path, tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def test_each_mistake_is_named_with_its_line(recipe, old, new, words):
         ("other/reward", "{kind: function, name: 'm:f'}", "stage 'policy': a reward of kind function runs Python code; read it"),
         ("reward: other", "estimator: gea, reward: other", "unknown kind 'gea' of 'estimator' of stage 'policy'. Did you mean 'gae'?"),
         ("reward: other", "estimator: {kind: rloo, samples: 1}, reward: other", "'samples' of 'estimator' of stage 'policy' is 1; it must"),
-        ("reward: other", "samples: 4, reward: other", "unknown key 'samples' in stage 'policy'. It belongs in 'evaluation' or 'estimator'"),
+        ("reward: other", "samples: 4, reward: other", "unknown key 'samples' in stage 'policy'. It belongs in a stage of kind critique or constitution or 'evaluation' or 'estimator'"),
         ("reward: other", "value: adaptr, reward: other", "one of auto, adapter, model, trunk or a mapping of settings. Did you mean 'adapter'?"),
         ("reward: other", "guards: {kl_limit: 0}, reward: other", "'kl_limit' of 'guards' of stage 'policy' is 0; it must be a number, above 0."),
         ("reward: other", "estimator: rloo, rollouts: 10, reward: other", "r.yaml:5: stage 'policy': rollouts is 10, no multiple of the 4 samples"),

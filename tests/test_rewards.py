@@ -290,3 +290,11 @@ def test_errors_name_the_second_function_as_the_second(code):
     both = rewards(*({"kind": "function", "name": f"{code.stem}:{name}"} for name in "fg"))
     with pytest.raises(AlignError, match=f"reward 'function-2 {code.stem}:g' returned 0 values for 1 responses"):
         both.score([response("a")])
+
+
+def test_nothing_to_score_asks_no_reward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A function may divide by the number of responses."""
+    found = rewards({"kind": "judge"}, {"kind": "length", "target_tokens": 4})
+    monkeypatch.setattr("align.rewards.verifiable.Judged.__call__", lambda *_: 1 / 0)
+    assert found.score([]).totals == []
+    assert found.score([]).parts == {"judge": [], "length": []}

@@ -165,6 +165,8 @@ def test_a_response_beyond_the_reward_models_context_is_refused_with_their_numbe
     rewards = summed(folder)
     with pytest.raises(AlignError, match=r"reward 'harbour/reward': reply 2 has \d+ tokens .* is 256, and 1 more are"):
         rewards.score(responses(["no", LONG * 4, "no", LONG * 5]))
+    with pytest.raises(AlignError, match="Lower max_length or max_new_tokens"):
+        rewards.score(responses([LONG * 4]))
 
 
 def test_a_prompt_that_leaves_no_room_for_a_response_is_refused_before_the_first_round(folder: Path) -> None:
@@ -172,6 +174,10 @@ def test_a_prompt_that_leaves_no_room_for_a_response_is_refused_before_the_first
     rewards.check([Prompt(ASKED)] * 2)
     with pytest.raises(AlignError, match=r"reward 'harbour/reward': an empty reply to prompt 2 has .* is 256\n"):
         rewards.check([Prompt(ASKED), Prompt((Message("user", LONG * 5),))])
+    model = rewards.parts[0].reward.model
+    model.check([ASKED], 100)
+    with pytest.raises(AlignError, match="a reply of 250 tokens to prompt 1 has"):
+        model.check([ASKED], 250)
 
 
 def test_a_reward_model_that_gives_nan_is_refused(own_tokenizer_reward: Path) -> None:

@@ -12,6 +12,8 @@ from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
     GenerationConfig,
+    MambaConfig,
+    MambaForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -94,6 +96,20 @@ def test_log_probabilities_equal_a_plain_forward_pass(loaded, temperature):
     sampling = Sampling(max_new_tokens=12, temperature=temperature, seed=5)
     for prompt, reply in zip(prompts, generate(model, tokenizer, prompts, sampling, stop_ids=[STOP]), strict=True):
         assert reply.logps == pytest.approx(scored(model, prompt, reply.ids, temperature or 1.0), abs=1e-4)
+
+
+def test_a_state_space_model_goes_on_from_its_state(gpt2):
+    """It has a cache of another name, and no mask over columns that its state has taken in."""
+    _, tokenizer = gpt2
+    torch.manual_seed(0)
+    model = MambaForCausalLM(MambaConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3 if parameter.ndim > 1 else 1)
+    prompts = encoded(tokenizer)
+    sampling = Sampling(max_new_tokens=8, temperature=1.0)
+    for prompt, reply in zip(prompts, generate(model, tokenizer, prompts, sampling, stop_ids=[STOP]), strict=True):
+        assert reply.logps == pytest.approx(scored(model, prompt, reply.ids), abs=1e-4)
 
 
 def test_a_row_gets_the_same_answer_whatever_shares_its_batch(gpt2, monkeypatch):

@@ -12,6 +12,7 @@ import click
 
 from align import __version__
 from align.cli.checkpoints import checkpoints_group
+from align.cli.critique import critique_command
 from align.cli.data import data_group
 from align.cli.merge import merge_command
 from align.cli.recipes import doctor_command, init_command, recipe_group
@@ -25,6 +26,7 @@ from align.quiet import quiet_libraries
 COMMANDS = [
     run_command,
     *stage_commands,
+    critique_command,
     plan_command,
     check_command,
     init_command,

@@ -22,6 +22,7 @@ KINDS = {
     "reward": "Train a reward model from preference pairs",
     "dpo": "Optimise a policy on preference pairs",
     "ppo": "Optimise a policy against rewards (PPO, RLOO, GRPO, REINFORCE++)",
+    "constitution": "Critique and train in rounds",
 }
 
 recipe_argument = click.argument("recipe", required=False, type=click.Path(path_type=Path))
@@ -166,7 +167,7 @@ def run_stages(
         return
     from align.console import print_table, stage_table
 
-    print_table(stage_table([entry.checkpoint for entry in done]))
+    print_table(stage_table([entry.made for entry in done if entry.made is not None]))
     click.echo(f"Report: {page}")
 
 
@@ -180,4 +181,8 @@ def _write_report(workshop: Workshop, out: Path | None) -> Path:
 
 
 def _summary(done: Done) -> dict[str, Any]:
-    return {"action": done.planned.action, "why": done.planned.why, "checkpoint": done.checkpoint.as_dict()}
+    from align.registry.records import StageData
+
+    made = done.made.as_dict() if done.made else None
+    what = "data" if isinstance(done.made, StageData) else "checkpoint"
+    return {"action": done.planned.action, "why": done.planned.why, what: made}

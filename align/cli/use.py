@@ -176,7 +176,7 @@ def eval_command(
     if as_json:
         _print_json({"checkpoint": checkpoint, "data": data, "rows": len(examples), "metrics": numbers})
     else:
-        _print_numbers(numbers)
+        print_numbers(numbers)
 
 
 def _measured(source: Source, examples: Sequence[Example], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -315,7 +315,8 @@ def _progress() -> Progress:
     return ConsoleProgress()
 
 
-def _print_numbers(numbers: Mapping[str, Any]) -> None:
+def print_numbers(numbers: Mapping[str, Any]) -> None:
+    """Numbers with their intervals, and the rows of those that have some, as columns."""
     width = max(map(len, numbers), default=0)
     for name, number in numbers.items():
         if isinstance(number, dict):

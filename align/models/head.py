@@ -4,6 +4,7 @@ times the length: above a bound the backward pass computes each chunk's logits a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,6 +42,17 @@ def target_logps(
         return hidden.new_zeros(0, dtype=torch.float32), hidden.new_zeros(0, dtype=torch.float32) if entropy else None
     logps = torch.cat([part[0] for part in parts])
     return logps, torch.cat([part[1] for part in parts]) if entropy else None
+
+
+def next_token_logps(model: nn.Module, rows: Sequence[Sequence[int]], targets: Tensor) -> Tensor:
+    """Log-probabilities (N, K), float32, of `targets` (N, K) as the next token after each of N rows."""
+    ends = torch.tensor([len(row) for row in rows]).cumsum(0) - 1
+    hidden = hidden_states(model, rows)
+    states = hidden[ends.to(hidden.device)]
+    vocabulary = int(inner_model(model).get_output_embeddings().weight.shape[0])
+    parts = zip(_chunks(states, vocabulary), _chunks(targets.to(states.device), vocabulary), strict=True)
+    found = [_logits(model, some).float().log_softmax(-1).gather(1, wanted) for some, wanted in parts]
+    return torch.cat(found) if found else states.new_zeros(targets.shape, dtype=torch.float32)
 
 
 def check_head(model: nn.Module) -> None:

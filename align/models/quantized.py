@@ -57,7 +57,7 @@ def mend_for_cpu(model: nn.Module) -> None:
 
 def dequantized_weights(model: nn.Module) -> dict[str, Tensor]:
     """The weights that a quantized model computes with, by module name, (out, in) each, in the dtype it dequantizes to."""
-    return {name: _dequantize(module) for name, module in _quantized_modules(model)}
+    return {name: dequantized(module) for name, module in _quantized_modules(model)}
 
 
 def _quantized_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -66,7 +66,8 @@ def _quantized_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def _dequantize(module: Any) -> Tensor:
+def dequantized(module: Any) -> Tensor:
+    """The weight (out, in) that a quantized layer computes with."""
     if isinstance(module, bnb.nn.Linear4bit):
         weight: Tensor = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
         return weight

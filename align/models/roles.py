@@ -9,7 +9,7 @@ model are models of their own. The reference is always what the stage starts fro
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -24,6 +24,7 @@ from align.models.folders import load_tokenizer
 from align.models.head import check_head
 from align.models.loading import load_policy, load_reward
 from align.models.merging import materialize
+from align.models.opening import silence_dropout
 from align.models.source import Source
 from align.models.trunk import hidden_states, inner_model, trunk_of
 from align.recipe.ppo_settings import GaeEstimator, PpoSettings
@@ -48,6 +49,7 @@ class Roles(nn.Module):
         self.value_adapter = value if isinstance(value, str) else None
         self.value_head = head
         self._reference = [reference]  # in a list, so that it is no part of this module
+        self._is_valuing = False
 
     @property
     def config(self) -> Any:
@@ -62,9 +64,11 @@ class Roles(nn.Module):
     @property
     def value_names(self) -> list[str]:
         """Names of the parameters that only the value model has; none where there is no value model."""
-        adapter = f".{self.value_adapter}." if self.value_adapter else "value_head."
         own = ("value_model.", "value_head.")
-        return [name for name, _ in self.named_parameters() if name.startswith(own) or adapter in name]
+        return [
+            name for name, _ in self.named_parameters()
+            if name.startswith(own) or self.value_adapter in name.split(".")[-2:]  # lora_A.value.weight, delta.value
+        ]  # fmt: skip
 
     @contextmanager
     def reference(self) -> Iterator[nn.Module]:
@@ -85,7 +89,7 @@ class Roles(nn.Module):
         if self.shares_trunk:
             states = hidden_states(self.policy, rows) if hidden is None else hidden
         elif self.value_adapter is not None:
-            with using(self.policy, self.value_adapter):
+            with using(self.policy, self.value_adapter), self._valuing():
                 states = hidden_states(self.policy, rows)
         else:
             states = hidden_states(cast(nn.Module, self.value_model), rows)
@@ -93,6 +97,25 @@ class Roles(nn.Module):
         with torch.autocast(chosen.device.type, enabled=False):
             found: Tensor = self.value_head(chosen.float())
         return found.squeeze(-1)
+
+    def checkpoint_activations(self) -> None:
+        """Recompute the policy's activations in the backward pass, each through the adapter that it first went through."""
+        inner_model(self.policy).activation_checkpointing_enable(
+            activation_checkpointing_kwargs={"use_reentrant": False, "context_fn": self._passes}
+        )
+
+    def _passes(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """What a layer's forward pass and its recomputation, by then outside of `values`, run in."""
+        again = using(self.policy, self.value_adapter) if self._is_valuing and self.value_adapter else nullcontext()
+        return nullcontext(), again
+
+    @contextmanager
+    def _valuing(self) -> Iterator[None]:
+        self._is_valuing = True
+        try:
+            yield
+        finally:
+            self._is_valuing = False
 
 
 class AdapterReward(nn.Module):
@@ -150,7 +173,11 @@ class RoleOpener:
             classifier: Any = self._value_model()
             head = inner_model(classifier).score
             return Roles(policy, reference, classifier, head)
-        return Roles(policy, reference, VALUE, self._value_adapter(policy))
+        roles = Roles(policy, reference, VALUE, self._value_adapter(policy))
+        silence_dropout(policy)  # the adapters that were copied bring theirs along
+        if self.settings.gradient_checkpointing:
+            roles.checkpoint_activations()
+        return roles
 
     def _policy(self) -> nn.Module:
         settings = self.settings
@@ -171,8 +198,8 @@ class RoleOpener:
         if not is_adapted(policy):
             same = load_policy(self.parent, trainable=True, tokenizer=self.tokenizer, precision=self.settings.precision)
             return same.requires_grad_(False).eval()
-        if adapter is not None and adapter.init != "pissa":
-            return OFF
+        if adapter is not None and adapter.init != "pissa" and not adapter.dora:
+            return OFF  # in bfloat16 a new DoRA adapter is the base up to rounding alone
         copy_adapter(policy, REFERENCE, trainable=False)
         return REFERENCE
 
@@ -194,7 +221,7 @@ class RoleOpener:
             return _head_of(put_reward_adapter(policy, VALUE, reward, trainable=True), policy)
         if start == "reward":
             raise AlignError(
-                "value.start: reward, and the reward model is no adapter on the policy's base in the same precision",
+                "value.start: reward, and no reward model is an adapter on the policy's base in the same precision",
                 "Leave it out, or train the reward model with an `adapter:` from what the policy's adapter rests on.",
             )
         copy_adapter(policy, VALUE, trainable=True)
@@ -206,7 +233,7 @@ class RoleOpener:
         from_reward = start != "policy" and self.reward is not None and self._same_tokens(self.reward)
         if start == "reward" and not from_reward:
             raise AlignError(
-                "value.start: reward, and the reward model has another tokenizer than the policy",
+                "value.start: reward, and there is no reward model with the policy's tokenizer",
                 "Leave it out: the value model then starts from the policy.",
             )
         source = self.reward if from_reward and self.reward else materialize(self.parent, self.work / "value-start")

@@ -117,8 +117,9 @@ class Collector:
         numbers = round_numbers(found, tokens.mask, look.entropies, behaviour, replies, scored.totals)
         numbers |= {f"reward.{name}": _mean(values) for name, values in scored.parts.items()}
         numbers |= {f"watch.{name}": _mean(values) for name, values in watched.parts.items()}
-        numbers |= {"number": float(number), "kl_coefficient": self.controls.kl.value}
         self.controls.kl.update(numbers["kl"], len(replies))
+        price = charged if settings.kl_in == "reward" else self.controls.kl.value  # the loss comes after the update
+        numbers |= {"number": float(number), "kl_coefficient": price}
         return Collected(found, numbers, responses, scored, rewards)
 
     def look(self, roles: Roles, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> Look:

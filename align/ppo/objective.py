@@ -78,6 +78,8 @@ class PpoLoss(Objective):
         """Places of the tickets in their round, which is collected here when it is new; none when the round is over."""
         assert isinstance(model, Roles)
         number = rows[0] // self.settings.rollouts
+        if self.finished:  # by a guard, before the state was saved that this run goes on from
+            return []
         if self.round is None or self.round.number != number:
             self._begin(model, number)
         else:
@@ -106,7 +108,7 @@ class PpoLoss(Objective):
         assert isinstance(model, Roles)
         tokens = self._now.tokens(rows, device_of(model))
         known = self._now.columns(rows, tokens.mask)
-        warming = self._now.number < self.settings.value.warmup_rounds and model.value_head is not None
+        warming = self._now.number < self._first_round
         hidden = None
         losses = torch.zeros(tokens.mask.shape, device=tokens.mask.device)
         shown: dict[str, Tensor] = {}
@@ -147,13 +149,18 @@ class PpoLoss(Objective):
             losses = losses + self.collector.controls.kl.value * charge
         if entropies is not None:
             losses = losses - settings.entropy_coefficient * tokens.table(entropies)
-        if self._first_step and self._now.number == 0:
+        if self._first_step and self._now.number == self._first_round:
             self.proof.first_ratio(found.ratio.detach(), mask)
         self._kl_of_step[0] += float((shown["round_kl"].detach() * mask).sum())
         self._kl_of_step[1] += float(mask.sum())
         return losses, shown
 
     # Rounds -----------------------------------------------------------------------------------------------------------
+
+    @property
+    def _first_round(self) -> int:
+        """The first round that trains the policy."""
+        return self.settings.value.warmup_rounds
 
     @property
     def _now(self) -> Round:
@@ -175,6 +182,8 @@ class PpoLoss(Objective):
 
     def _prove(self, collected: Collected) -> None:
         found = collected.round
+        if self.settings.engine == "local":  # weights correct for another
+            self.proof.generator(collected.numbers["mismatch"])
         mask = found.tokens(range(len(found.responses)), torch.device("cpu")).mask
         self.proof.reference_and_values(
             found, collected.token_rewards, mask, kl_charged=self.settings.kl_in == "reward"
@@ -188,7 +197,9 @@ class PpoLoss(Objective):
         answers = found.pop("answers", None)
         if answers is not None:
             self.journal.exams.append({"round": number, "answers": answers})
-        self.progress.metrics(step, {f"eval.{name}": value for name, value in found.items() if "_std" not in name})
+        self.progress.metrics(
+            step, {f"eval.{name}": value for name, value in found.items() if not name.startswith("watch_std.")}
+        )
         self._sound(self.guards.look_held_out(number, found))
 
     def _sound(self, alarms: list[Alarm]) -> None:

@@ -75,10 +75,10 @@ def prompts_of_round(number: int, prompts: int, settings: PpoSettings, seed: int
     The rounds together go through shuffled epochs, one after the other, across their seams.
     """
     count = settings.rollouts // settings.samples
-    places = []
-    for position in range(number * count, (number + 1) * count):
-        epoch, offset = divmod(position, prompts)
-        places.append(epoch_order(prompts, seed, epoch)[offset])
+    positions = range(number * count, (number + 1) * count)
+    epochs = range(positions[0] // prompts, positions[-1] // prompts + 1)
+    orders = {epoch: epoch_order(prompts, seed, epoch) for epoch in epochs}
+    places = [orders[position // prompts][position % prompts] for position in positions]
     return [place for place in places for _ in range(settings.samples)]
 
 

@@ -20,8 +20,9 @@ from align.ppo.round import Round
 from align.rewards.model import RewardModel, said
 
 KL_LIMIT = 1e-5  # nats, the largest of any token: policy and reference are the same numbers through the same arithmetic
+EXACT_MISMATCH, HALF_MISMATCH = 1e-2, 1e-1  # nats per token, the mean of a round
 EXACT_LIMIT, HALF_LIMIT = 1e-3, 5e-2  # ratio and rewards under other batch shapes, in float32 and in bfloat16
-PROBES = 8
+PROBES, PROBE_CHARACTERS = 8, 4
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,18 @@ class Proof:
         wild = int((~torch.isfinite(first.values)).sum())
         self._add("the value model predicts finite values (tokens that are not)", float(wild), 0.0)
 
+    def generator(self, mismatch: float) -> None:
+        """Refuses an architecture whose decoding with a cache is not the model that is trained.
+
+        mismatch: of the log-probabilities while generating and while learning, nats per token.
+        """
+        if not mismatch <= (EXACT_MISMATCH if self.exact else HALF_MISMATCH):
+            raise StageFailed(
+                f"step 0 of ppo: responses were generated with other probabilities than the policy's "
+                f"(off by {mismatch:.3g} nats per token)",
+                "Nothing was trained. This architecture cannot be decoded with a cache here; use another model.",
+            )
+
     def rewards_inside(self, outside: Mapping[str, Sequence[float]], inside: Mapping[str, Sequence[float]]) -> None:
         """The rewards of probe texts as `align score` gives them against those of the opened roles."""
         gaps = [
@@ -97,8 +110,9 @@ class Proof:
 
 
 def probe_texts(questions: Sequence[Question]) -> list[tuple[Messages, Messages]]:
-    """A few prompts, each with a text that is surely not empty: its own last turn."""
-    return [(prompt_of(question), said(prompt_of(question)[-1].content)) for question in questions[:PROBES]]
+    """The shortest prompts, each with a text that is surely not empty, and short: how its own last turn begins."""
+    prompts = sorted(map(prompt_of, questions), key=lambda prompt: sum(len(turn.content) for turn in prompt))
+    return [(prompt, said(prompt[-1].content.strip()[:PROBE_CHARACTERS])) for prompt in prompts[:PROBES]]
 
 
 def outside_scores(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from align.advantages import explained_variance, masked_mean
@@ -19,10 +20,11 @@ def round_numbers(
 ) -> dict[str, float]:
     """Reward, KL to the reference (nats per response and per token), entropy (nats per token), length, and signs of trouble.
 
-    entropies, behaviour: entropy at each token, and the engine's own log-probability of it, (B, R).
+    A length does not count the stop token. entropies, behaviour: entropy at each token, and the engine's own
+    log-probability of it, (B, R).
     """
     ratios = (found.old_logps - found.reference_logps) * mask
-    lengths = mask.sum(1).double()
+    lengths = mask.sum(1).double() - torch.tensor([float(reply.finished) for reply in replies])
     return {
         "reward": float(np.mean(totals)),
         "reward_std": float(np.std(totals)),

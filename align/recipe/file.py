@@ -73,12 +73,12 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> RecipeFile:
     problems = check_graph(recipe)
     if problems:
         raise refusal(problems, root)
-    return RecipeFile(path, _with_learning_rates(recipe), root)
+    return RecipeFile(path, with_learning_rates(recipe), root)
 
 
 def resolved(recipe: Recipe) -> dict[str, Any]:
     """Every setting with the value that is used, defaults included, as plain JSON values under the recipe's keys."""
-    settings = _with_learning_rates(recipe).model_dump(mode="json", by_alias=True)
+    settings = with_learning_rates(recipe).model_dump(mode="json", by_alias=True)
     for stage in settings["stages"].values():
         if stage["seed"] is None:
             stage["seed"] = recipe.seed
@@ -116,7 +116,7 @@ def _near_files(path: Path) -> str:
     return "`align init --model MODEL --data FILE` writes a recipe to start from."
 
 
-def _with_learning_rates(recipe: Recipe) -> Recipe:
+def with_learning_rates(recipe: Recipe) -> Recipe:
     """Fills in each learning rate that was left out; a stage that goes on with an adapter gets the adapter's rate."""
     stages: dict[str, Stage] = {}
     for name, stage in recipe.stages.items():

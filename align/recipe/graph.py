@@ -12,33 +12,56 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 
 from align.errors import AlignError, did_you_mean
+from align.recipe.critique_settings import CheckpointCritic, CritiqueSettings, JudgeCritic
+from align.recipe.loop_settings import ROUND
+from align.recipe.outputs import maker_of, output_problems, outputs_in, unknown_data
 from align.recipe.ppo_settings import JudgeReward, ModelReward, PpoSettings
 from align.recipe.problems import Problem
-from align.recipe.settings import MergeSettings, Recipe, RewardSettings, Stage, TrainingSettings
-from align.recipe.yaml_text import shown
+from align.recipe.rounds import stages_of_loop
+from align.recipe.settings import (
+    ConstitutionSettings,
+    MergeSettings,
+    Recipe,
+    RewardSettings,
+    Stage,
+    TrainingSettings,
+)
 
 Graph = Mapping[str, Sequence[str]]
 
 
 def check_graph(recipe: Recipe) -> list[Problem]:
     """Names that do not exist, cycles, and stages that cannot start where they say."""
-    problems = [*_unknown_data(recipe), *_mix_cycle(recipe)]
+    mixed = list(_mix_cycle(recipe))
+    problems = [*_unknown_data(recipe), *mixed]
+    if mixed:
+        return problems
     cycle = find_cycle(stage_graph(recipe))
     if cycle:
         return [*problems, _cycle_problem(recipe, cycle)]
+    problems += output_problems(recipe)
     for name, stage in recipe.stages.items():
         problems += _wrong_start(recipe, name, stage)
-        if isinstance(stage, TrainingSettings):
+        if isinstance(stage, TrainingSettings | ConstitutionSettings):
             problems += _wrong_adapter(recipe, name, stage)
         if isinstance(stage, PpoSettings):
             problems += [*_wrong_rewards(recipe, name, stage), *_wrong_value(recipe, name, stage)]
+        if isinstance(stage, CritiqueSettings | ConstitutionSettings):
+            problems += _wrong_critic(recipe, name, stage)
+        if isinstance(stage, ConstitutionSettings) and isinstance(stage.train, PpoSettings):
+            problems += [
+                *_wrong_rewards(recipe, name, stage.train, ("train",)),
+                *_wrong_value(recipe, name, stage.train),
+            ]
     return problems
 
 
 def recipe_warnings(recipe: Recipe) -> list[str]:
     """What is no error but hardly meant: data sets that nothing uses, and rewards that nothing checks."""
     used = {recipe.evaluation.prompts}
-    used |= {stage.data for stage in recipe.stages.values() if isinstance(stage, TrainingSettings)}
+    used |= {stage.data for stage in recipe.stages.values() if not isinstance(stage, MergeSettings)}
+    for stage in recipe.stages.values():
+        used |= {part.data for part in stage.mix} if isinstance(stage, ConstitutionSettings) else set()
     for settings in recipe.data.values():
         used |= {part.data for part in settings.mix} | set(settings.decontaminate)
     unused = [f"data set '{name}' is used by no stage" for name in recipe.data if name not in used]
@@ -57,15 +80,33 @@ def reward_references(stage: Stage) -> list[str]:
     return list(dict.fromkeys(term.from_ for term in terms if isinstance(term, ModelReward)))
 
 
-def data_key(stage: TrainingSettings) -> str:
+def critic_reference(stage: Stage) -> str | None:
+    """What the critic of a stage names as its model; None: it names none."""
+    critic = stage.critic if isinstance(stage, CritiqueSettings | ConstitutionSettings) else None
+    return critic.from_ if isinstance(critic, CheckpointCritic) else None
+
+
+def data_key(stage: Stage) -> str:
     """The key under which a stage names its data set in the recipe."""
     return type(stage).model_fields["data"].alias or "data"
 
 
 def stage_graph(recipe: Recipe) -> dict[str, list[str]]:
-    """Each stage with the stages of the recipe that it needs: where it starts, then its reward models."""
-    named = {name: [stage.from_, *reward_references(stage)] for name, stage in recipe.stages.items()}
-    return {name: [need for need in dict.fromkeys(needs) if need in recipe.stages] for name, needs in named.items()}
+    """Each stage with the stages of the recipe that it needs: where it starts, its models, and who makes its data."""
+    found: dict[str, list[str]] = {}
+    for name, stage in recipe.stages.items():
+        needs = [*_named_by(recipe, stage), *stages_of_loop(recipe, name)]
+        found[name] = list(dict.fromkeys(need for need in needs if need is not None and need in recipe.stages))
+    return found
+
+
+def _named_by(recipe: Recipe, stage: Stage) -> list[str | None]:
+    """All that a stage names as a checkpoint, and the makers of its data; some of them may be no stages of the recipe."""
+    rewards = reward_references(stage.train if isinstance(stage, ConstitutionSettings) else stage)
+    parts = [part.data for part in stage.mix] if isinstance(stage, ConstitutionSettings) else []
+    data = [] if isinstance(stage, MergeSettings) else [stage.data]
+    makers = [maker_of(recipe, output) for one in (*data, *parts) for output in outputs_in(recipe, one)]
+    return [stage.from_, *rewards, critic_reference(stage), *makers]
 
 
 def topological_order(recipe: Recipe) -> list[str]:
@@ -112,12 +153,18 @@ def find_cycle(graph: Graph) -> list[str]:
     return []
 
 
+def own_adapter(stage: Stage) -> TrainingSettings | None:
+    """The settings by which a stage puts an adapter on; None: it puts none on."""
+    trained = stage.train if isinstance(stage, ConstitutionSettings) else stage
+    return trained if isinstance(trained, TrainingSettings) and trained.adapter else None
+
+
 def gives_adapter(recipe: Recipe, reference: str | None) -> bool | None:
     """Whether what a `from:` names is an adapter; None: it is not of this recipe, so only the registry knows."""
     for stage in _chain(recipe, reference):
         if isinstance(stage, MergeSettings):
             return False
-        if isinstance(stage, TrainingSettings) and stage.adapter:
+        if own_adapter(stage):
             return True
         if stage.from_ is None:
             return False
@@ -127,9 +174,10 @@ def gives_adapter(recipe: Recipe, reference: str | None) -> bool | None:
 def trains_adapter(recipe: Recipe, name: str) -> bool | None:
     """Whether a stage trains an adapter, its own or the one it starts from; None: only the registry knows."""
     stage = recipe.stages[name]
-    if not isinstance(stage, TrainingSettings) or stage.from_ is None:
-        return isinstance(stage, TrainingSettings) and stage.adapter is not None
-    if stage.adapter or adapter_stage(recipe, name):
+    trains = isinstance(stage, TrainingSettings | ConstitutionSettings)
+    if not trains or stage.from_ is None:
+        return trains and own_adapter(stage) is not None
+    if own_adapter(stage) or adapter_stage(recipe, name):
         return True
     return False if isinstance(stage, RewardSettings) else gives_adapter(recipe, stage.from_)
 
@@ -143,9 +191,9 @@ def adapter_stage(recipe: Recipe, name: str) -> TrainingSettings | None:
     for stage in _chain(recipe, name):
         if isinstance(stage, MergeSettings):
             return None
-        if isinstance(stage, TrainingSettings) and stage.adapter:
+        if adapted := own_adapter(stage):
             crosses = isinstance(first, RewardSettings) and not isinstance(stage, RewardSettings)
-            return None if crosses else stage
+            return None if crosses else adapted
     return None
 
 
@@ -175,25 +223,22 @@ def _chain(recipe: Recipe, reference: str | None) -> Iterator[Stage]:
 
 def _unknown_data(recipe: Recipe) -> Iterator[Problem]:
     for name, stage in recipe.stages.items():
-        if isinstance(stage, TrainingSettings):
-            yield from _unknown_name(recipe, ("stages", name, data_key(stage)), stage.data)
+        if not isinstance(stage, MergeSettings):
+            made = isinstance(stage, TrainingSettings)
+            yield from unknown_data(recipe, ("stages", name, data_key(stage)), stage.data, made=made)
+        for index, part in enumerate(stage.mix if isinstance(stage, ConstitutionSettings) else []):
+            yield from unknown_data(recipe, ("stages", name, "mix", index, "data"), part.data, made=True)
     for name, settings in recipe.data.items():
         for index, part in enumerate(settings.mix):
-            yield from _unknown_name(recipe, ("data", name, "mix", index, "data"), part.data)
+            yield from unknown_data(recipe, ("data", name, "mix", index, "data"), part.data, made=True)
         for index, other in enumerate(settings.decontaminate):
             path = ("data", name, "decontaminate", index)
             if other == name:
                 yield Problem(path, f"data set '{name}' would be cleaned of its own rows.")
             elif not any(mark in other for mark in "./\\"):  # with one of these it is a file
-                yield from _unknown_name(recipe, path, other)
+                yield from unknown_data(recipe, path, other, made=False)
     if recipe.evaluation.prompts is not None:
-        yield from _unknown_name(recipe, ("evaluation", "prompts"), recipe.evaluation.prompts)
-
-
-def _unknown_name(recipe: Recipe, path: tuple[str | int, ...], data: str) -> Iterator[Problem]:
-    if data not in recipe.data:
-        known = did_you_mean(data, recipe.data) if recipe.data else "Define it under `data:`."
-        yield Problem(path, f"no data set {shown(data)} in this recipe. {known}")
+        yield from unknown_data(recipe, ("evaluation", "prompts"), recipe.evaluation.prompts, made=False)
 
 
 def _mix_cycle(recipe: Recipe) -> Iterator[Problem]:
@@ -215,6 +260,12 @@ def _key_that_names(stage: Stage, need: str) -> str:
     """The key of a stage that names a stage it needs."""
     if stage.from_ == need:
         return "from"
+    if critic_reference(stage) == need:
+        return "critic"
+    if not isinstance(stage, MergeSettings) and stage.data.startswith(f"{need}."):
+        return data_key(stage)
+    if not isinstance(stage, PpoSettings) and need not in reward_references(stage):
+        return "mix" if isinstance(stage, ConstitutionSettings) else data_key(stage)
     rewards = stage.reward if isinstance(stage, PpoSettings) else []
     return "reward" if any(isinstance(term, ModelReward) and term.from_ == need for term in rewards) else "watch"
 
@@ -223,12 +274,15 @@ def _only_models_see(stage: PpoSettings) -> bool:
     return not stage.watch and all(isinstance(term, ModelReward) for term in stage.reward)
 
 
-def _wrong_rewards(recipe: Recipe, name: str, stage: PpoSettings) -> Iterator[Problem]:
+def _wrong_rewards(recipe: Recipe, name: str, stage: PpoSettings, block: tuple[str, ...] = ()) -> Iterator[Problem]:
+    """block: keys that lead from the stage to the block that names the rewards."""
     for key, terms in (("reward", stage.reward), ("watch", stage.watch)):
         what = f"stage '{name}': its {'watched ' if key == 'watch' else ''}reward"
         models: set[str] = set()
         for index, term in enumerate(terms):
-            place = ("stages", name, key, index)
+            place: tuple[str | int, ...] = ("stages", name, *block, key, index)
+            if isinstance(term, ModelReward) and term.from_ == ROUND and block:
+                continue
             if isinstance(term, ModelReward):
                 yield from _wrong_model(recipe, (*place, "from"), what, term.from_, models)
                 models.add(term.from_)
@@ -264,10 +318,27 @@ def _wrong_value(recipe: Recipe, name: str, stage: PpoSettings) -> Iterator[Prob
         )
 
 
+def _wrong_critic(recipe: Recipe, name: str, stage: CritiqueSettings | ConstitutionSettings) -> Iterator[Problem]:
+    place = ("stages", name, "critic")
+    if isinstance(stage.critic, JudgeCritic) and stage.critic.file is None and recipe.evaluation.judge is None:
+        message = f"stage '{name}': its critic is a judge without a file, and `evaluation:` has no judge."
+        yield Problem(place, message, "Give it a `file:`, or set `judge:` of `evaluation:`.")
+    reference = critic_reference(stage)
+    maker = next(_chain(recipe, reference), None)
+    if isinstance(maker, RewardSettings | CritiqueSettings):
+        yield Problem(place, f"stage '{name}': its critic '{reference}' writes no text: it is of kind {maker.kind}.")
+
+
 def _wrong_start(recipe: Recipe, name: str, stage: Stage) -> Iterator[Problem]:
     upstream = next((above for above in _chain(recipe, stage.from_) if isinstance(above, RewardSettings)), None)
     place = ("stages", name, "from")
-    if upstream and isinstance(stage, TrainingSettings) and not isinstance(stage, RewardSettings):
+    before = recipe.stages.get(stage.from_ or "")
+    if isinstance(before, CritiqueSettings):
+        hint = f"Name what it starts from, and '{stage.from_}.sft' or '{stage.from_}.preferences' as data."
+        yield Problem(
+            place, f"stage '{name}' cannot start from '{stage.from_}', which makes data sets, not a model.", hint
+        )
+    if upstream and not isinstance(stage, RewardSettings | MergeSettings):
         hint = (
             f"Start from '{upstream.from_}', as it does."
             if upstream.from_
@@ -287,19 +358,20 @@ def _wrong_start(recipe: Recipe, name: str, stage: Stage) -> Iterator[Problem]:
         )
 
 
-def _wrong_adapter(recipe: Recipe, name: str, stage: TrainingSettings) -> Iterator[Problem]:
-    place = ("stages", name)
-    if stage.adapter and gives_adapter(recipe, stage.from_):
+def _wrong_adapter(recipe: Recipe, name: str, whole: TrainingSettings | ConstitutionSettings) -> Iterator[Problem]:
+    stage = whole.train if isinstance(whole, ConstitutionSettings) else whole
+    place = ("stages", name) if stage is whole else ("stages", name, "train")
+    if stage.adapter and gives_adapter(recipe, whole.from_):
         yield Problem(
             (*place, "adapter"),
-            f"stage '{name}' starts from an adapter ('{stage.from_}'), and training goes on with the adapter it starts from.",
+            f"stage '{name}' starts from an adapter ('{whole.from_}'), and training goes on with the adapter it starts from.",
             "Leave the block out, or put a merge stage between the two.",
             at_key=True,
         )
-    if stage.quantize and not stage.adapter and gives_adapter(recipe, stage.from_) is False and stage.from_:
+    if stage.quantize and not stage.adapter and gives_adapter(recipe, whole.from_) is False and whole.from_:
         yield Problem(
             (*place, "quantize"),
-            f"stage '{name}' quantizes the model of '{stage.from_}', which freezes it, so it needs an 'adapter'.",
+            f"stage '{name}' quantizes the model of '{whole.from_}', which freezes it, so it needs an 'adapter'.",
             "Add for example `adapter: {rank: 16}`.",
         )
     if stage.adapter and stage.adapter.init == "pissa" and stage.quantize:

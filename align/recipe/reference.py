@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 from collections.abc import Iterable
@@ -13,10 +14,13 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from align.recipe.critique_settings import CritiqueWork
+from align.recipe.loop_settings import GIVEN
 from align.recipe.ppo_settings import GuardSettings, ValueSettings
 from align.recipe.settings import (
     ADAPTER_FACTOR,
     AdapterSettings,
+    ConstitutionSettings,
     DataSettings,
     EvaluationSettings,
     MixSettings,
@@ -25,6 +29,7 @@ from align.recipe.settings import (
 )
 from align.recipe.training_settings import PEAK_LEARNING_RATE
 from align.recipe.types import (
+    CRITIC_MODELS,
     ESTIMATOR_MODELS,
     LOSS_MODELS,
     REWARD_MODELS,
@@ -60,12 +65,14 @@ def settings_page() -> str:
     ]
     for kind, model in STAGE_MODELS.items():
         trains = issubclass(model, TrainingSettings)
-        leave_out = {"kind", *(shared if trains else ())}
+        looped = keys_of(CritiqueWork) if model is ConstitutionSettings else ()
+        leave_out = {"kind", *(shared if trains else ()), *looped}
         sections.append(_section(f"kind: {kind}", model, _doc(model) + _shared_text(model), leave_out=leave_out))
     for title, what, models in (
         ("loss", "A loss of a dpo stage.", LOSS_MODELS),
         ("reward", "A part of the `reward:` or `watch:` of a ppo stage.", REWARD_MODELS),
         ("estimator", "An `estimator:` of a ppo stage.", ESTIMATOR_MODELS),
+        ("critic", "A `critic:` of a critique or constitution stage.", CRITIC_MODELS),
     ):
         sections += [
             _section(f"{title}: {kind}", model, f"{_doc(model)} {what}", leave_out={"kind"})
@@ -85,9 +92,12 @@ def recipe_schema() -> dict[str, Any]:
     named = schema["properties"]["data"]
     for pattern, entry in named["patternProperties"].items():
         named["patternProperties"][pattern] = {"anyOf": [{"type": "string", "title": "Path"}, entry]}
+    _free_rounds(definitions)
     ppo = definitions["PpoSettings"]["properties"]
     _allow_word(definitions["DpoSettings"]["properties"]["loss"], list(LOSS_MODELS))
     _allow_word(ppo["estimator"], list(ESTIMATOR_MODELS))
+    for looping in ("CritiqueSettings", "ConstitutionSettings"):
+        _allow_word(definitions[looping]["properties"]["critic"], list(CRITIC_MODELS))
     _allow_word(ppo["value"], choices(ValueSettings))
     for rewards in (ppo["reward"], ppo["watch"]):
         one = {"anyOf": [{"type": "string", "title": "Name"}, rewards.pop("items")]}
@@ -96,6 +106,18 @@ def recipe_schema() -> dict[str, Any]:
     for mapping in (named, schema["properties"]["stages"]):
         mapping["additionalProperties"] = False
     return {"$schema": SCHEMA_DIALECT, **schema, "title": "Recipe of align"}
+
+
+def _free_rounds(definitions: dict[str, Any]) -> None:
+    """The blocks `train` and `reward` of a loop, whose rounds say by themselves where they start and on what they train."""
+    blocks = definitions["ConstitutionSettings"]["properties"]
+    for kind in ("SftSettings", "DpoSettings", "PpoSettings", "RewardSettings"):
+        own = copy.deepcopy(definitions[kind])
+        own["properties"] = {key: value for key, value in own["properties"].items() if key not in GIVEN}
+        own["required"] = ["kind"] if kind != "RewardSettings" else []
+        definitions[f"Round{kind}"] = own
+    text = json.dumps({key: blocks[key] for key in ("train", "reward")})
+    blocks |= json.loads(text.replace("#/$defs/", "#/$defs/Round"))
 
 
 def _allow_word(schema: dict[str, Any], words: list[str]) -> None:
@@ -133,6 +155,8 @@ def _doc(model: type[BaseModel]) -> str:
 
 def _shared_text(model: type[BaseModel]) -> str:
     """What a stage has besides its own keys."""
+    if model is ConstitutionSettings:
+        return " Also has the settings of a critique stage."
     if not issubclass(model, TrainingSettings):
         return ""
     data = model.model_fields["data"].alias

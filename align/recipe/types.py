@@ -13,6 +13,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from align.recipe.critique_settings import Critic, EndpointCritic
 from align.recipe.ppo_settings import Estimator, FunctionReward, GuardSettings, ModelReward, Reward, ValueSettings
 from align.recipe.settings import AdapterSettings, DataSettings, DpoLoss, Recipe, Stage
 
@@ -26,6 +27,7 @@ def _pattern_of(field: FieldInfo) -> str:
 PATTERNS = {  # of text that has to be of one form, in words
     _pattern_of(Recipe.model_fields["name"]): f"a name ({NAME_RULE})",
     _pattern_of(FunctionReward.model_fields["name"]): "module:function",
+    _pattern_of(EndpointCritic.model_fields["key_env"]): "the name of an environment variable",
 }
 
 Annotation = Any  # a type as it stands in an annotation; typing has no name for that
@@ -71,9 +73,17 @@ STAGE_MODELS = union_models(Stage)
 LOSS_MODELS = union_models(DpoLoss)
 REWARD_MODELS = union_models(Reward)
 ESTIMATOR_MODELS = union_models(Estimator)
-UNIONS = {"loss": LOSS_MODELS, "reward": REWARD_MODELS, "estimator": ESTIMATOR_MODELS}  # by the key that takes them
+CRITIC_MODELS = union_models(Critic)
+UNIONS = {  # by the key that takes them
+    "loss": LOSS_MODELS, "reward": REWARD_MODELS, "estimator": ESTIMATOR_MODELS, "critic": CRITIC_MODELS,
+}  # fmt: skip
 BLOCKS: dict[str, type[BaseModel]] = {"adapter": AdapterSettings, "value": ValueSettings, "guards": GuardSettings}
-BARE_KINDS: tuple[type[BaseModel], ...] = (*LOSS_MODELS.values(), *ESTIMATOR_MODELS.values(), ValueSettings)
+BARE_KINDS: tuple[type[BaseModel], ...] = (
+    *LOSS_MODELS.values(),
+    *ESTIMATOR_MODELS.values(),
+    *CRITIC_MODELS.values(),
+    ValueSettings,
+)
 
 
 def keys_of(model: type[BaseModel]) -> dict[str, FieldInfo]:

@@ -91,6 +91,42 @@ class CheckpointRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class StageData:
+    """What a stage that makes data has made: a data set for each of its outputs."""
+
+    outputs: Mapping[str, DataRecord]
+
+    @property
+    def created(self) -> str:
+        """When it was registered."""
+        return next(iter(self.outputs.values())).created
+
+    @property
+    def info(self) -> Mapping[str, Any]:
+        """What the stage says of itself, which stands with each output."""
+        return dict(next(iter(self.outputs.values())).info["stage"])
+
+    @property
+    def name(self) -> str:
+        """Name of the stage, recipe/stage."""
+        return str(self.info["name"])
+
+    @property
+    def kind(self) -> str:
+        """Kind of the stage."""
+        return str(self.info["kind"])
+
+    @property
+    def metrics(self) -> Mapping[str, Any]:
+        """Held-out numbers, as a checkpoint has them."""
+        return dict(self.info["metrics"])
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {output: record.as_dict() for output, record in self.outputs.items()}
+
+
+@dataclass(frozen=True, slots=True)
 class RunRecord:
     """One execution of a stage. status is what is true now: `crashed` as soon as the process is gone without a word."""
 

@@ -1,4 +1,4 @@
-"""Charts that compare: dots with 95% whiskers, accuracy by length bucket, calibration, and what became of the rows."""
+"""Charts that compare: dots with 95% whiskers, shares by bucket, by round and side by side, calibration, counts of rows."""
 
 from __future__ import annotations
 
@@ -96,6 +96,53 @@ def shares_bar(parts: Sequence[tuple[str, float, str]]) -> Markup:
     )
 
 
+def by_round(points: Sequence[tuple[int, Number]], kept: int | None, title: str) -> Markup:
+    """Shares after each round with their intervals, round 0 being the start; the round that was kept is ringed."""
+    found = [(number, value) for number, value in points if math.isfinite(value.value)]
+    if len(found) < 2:
+        return Markup("")
+    low, high = _range([value for _, value in found], share=True)
+    low = 0.0 if low < high / 2 else low
+    up = svg.scale(low, high, HEIGHT - BOTTOM, TOP)
+    across = svg.scale(found[0][0], found[-1][0], LEFT + 30, WIDTH - RIGHT - 30)
+    drawn = [(across(number), up(value.value)) for number, value in found]
+    parts = [*_share_axis(up, low, high), svg.element("path", d=svg.path(drawn), class_="line held-out")]
+    for (number, value), (x, y) in zip(found, drawn):
+        if number == kept:
+            parts.append(svg.element("circle", cx=x, cy=y, r=9, class_="ring"))
+        name = "start" if number == 0 else f"{number}"
+        parts += [_upright(value, x, up), svg.text(x, HEIGHT - BOTTOM + 16, name, anchor="middle")]
+        if number == kept:
+            parts.append(svg.text(x, HEIGHT - BOTTOM + 31, "kept", anchor="middle", class_="quiet"))
+    said = "; ".join(f"{f'round {n}' if n else 'start'} {words.number(v.value, share=True)}" for n, v in found)
+    return svg.drawing(WIDTH, HEIGHT, f"{title}: {said}", *parts)
+
+
+def side_bars(before: Number | None, after: Number | None, most: float, title: str) -> Markup:
+    """Two shares as bars with whiskers, before above after, on a scale from 0 to `most`."""
+    across = svg.scale(0, most, 1, 199)
+    parts = [svg.line(1, 0, 1, 26, "axis")]
+    for value, y, style in ((before, 2.0, "before"), (after, 14.0, "after")):
+        if value and math.isfinite(value.value):
+            parts.append(
+                svg.element("rect", x=1, y=y, width=across(value.value) - 1, height=10, class_=f"fill {style}")
+            )
+            if value.interval:
+                low, high = (across(end) for end in value.interval)
+                parts.append(svg.line(low, y + 5, high, y + 5, "span"))
+    return svg.drawing(200, 26, title, *parts, class_="chart bars")
+
+
+def nested_bar(whole: float, part: float, most: float, title: str) -> Markup:
+    """A count as a bar and, within it, the part of it that came to something; on a scale from 0 to `most`."""
+    across = svg.scale(0, most, 0, 160)
+    parts = [
+        svg.element("rect", x=0, y=1, width=across(whole), height=12, rx=2, class_="dropped"),
+        svg.element("rect", x=0, y=1, width=across(part), height=12, rx=2, class_="kept"),
+    ]
+    return svg.drawing(160, 14, title, *parts, class_="chart bars")
+
+
 def _dot(value: Number, across: svg.Scale, y: float, style: str) -> Markup:
     parts = []
     if value.interval:
@@ -115,11 +162,12 @@ def _upright(value: Number, x: float, up: svg.Scale) -> Markup:
     return svg.element("g", *parts)
 
 
-def _share_axis(up: svg.Scale, low: float = 0.0) -> list[Markup]:
+def _share_axis(up: svg.Scale, low: float = 0.0, high: float = 1.0) -> list[Markup]:
     parts = []
-    for mark in svg.ticks(low, 1, 7):
+    marks = svg.ticks(low, high, 7)
+    for mark, said in zip(marks, svg.tick_words([mark * 100 for mark in marks])):
         parts.append(svg.line(LEFT, up(mark), WIDTH - RIGHT, up(mark), "grid"))
-        parts.append(svg.text(LEFT - 6, up(mark) + 4, f"{mark * 100:.0f}%", anchor="end"))
+        parts.append(svg.text(LEFT - 6, up(mark) + 4, f"{said}%", anchor="end"))
     return [*parts, svg.line(LEFT, up(low), WIDTH - RIGHT, up(low), "axis")]
 
 

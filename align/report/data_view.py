@@ -9,7 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from align.report import comparisons, words
-from align.report.chain import StageFacts
+from align.report.stage_facts import StageFacts
 
 KEPT = {"train_rows": "Training rows", "test_rows": "Held-out rows"}
 DROPPED = {
@@ -39,8 +39,8 @@ class DataView:
 
 def data_views(stage: StageFacts) -> list[DataView]:
     """A view for each data set that went into the stage, in the order of the record."""
-    uses = stage.checkpoint.data if stage.checkpoint else ()
-    return [_view(use.name, use.id, use.rows, stage.data[use.id].info if use.id in stage.data else {}) for use in uses]
+    found = {use.id: stage.data[use.id].info if use.id in stage.data else {} for use in stage.uses}
+    return [_view(use.name, use.id, use.rows, found[use.id]) for use in stage.uses]
 
 
 def _view(name: str, identifier: str, rows: int, info: Mapping[str, Any]) -> DataView:
@@ -48,10 +48,12 @@ def _view(name: str, identifier: str, rows: int, info: Mapping[str, Any]) -> Dat
     bar = comparisons.shares_bar([(title, count, _STYLES.get(key, "dropped")) for key, title, count in counts])
     read = info.get("rows_read")
     shown = [(_STYLES.get(key, "dropped"), title, _portion(count, read)) for key, title, count in counts]
+    made_by = info.get("stage")  # all that the stage says of itself has a section of its own
+    info = dict(info) | ({"made by": made_by.get("name")} if isinstance(made_by, Mapping) else {})
     rest = {
         k: v
         for k, v in info.items()
-        if k not in KEPT and k not in DROPPED and k != "warnings" and v not in ({}, [], "")
+        if k not in KEPT and k not in DROPPED and k not in ("warnings", "stage") and v not in ({}, [], "")
     }
     warnings = info.get("warnings")
     return DataView(

@@ -15,8 +15,9 @@ from markupsafe import Markup
 
 from align.report import svg, words
 
-NodeKind = Literal["model", "data", "stage", "unfinished"]
+NodeKind = Literal["model", "data", "stage", "maker", "unfinished"]
 SWEEPS = 8
+TITLE = 16  # characters of a name that a box has room for
 NODE_WIDTH, NODE_HEIGHT, MARGIN = 148.0, 58.0, 8.0
 
 
@@ -173,7 +174,7 @@ def _box(node: Node, x: float, y: float) -> Markup:
             height=NODE_HEIGHT,
             rx=NODE_HEIGHT / 2 if node.kind == "data" else 8,
         ),
-        svg.text(x, y - 2, words.one_line(node.title, 16), anchor="middle", class_="name"),
+        svg.text(x, y - 2, words.one_line(node.title, TITLE), anchor="middle", class_="name"),
         svg.text(x, y + 16, words.one_line(node.subtitle, 22), anchor="middle", class_="quiet"),
     ]
     box = svg.element("g", *parts, class_=f"node {node.kind}")

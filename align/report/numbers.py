@@ -77,6 +77,13 @@ KNOWN: dict[str, Meaning] = {
     "judge.refused_rightly": Meaning("Refused, of what should be", "higher", True, "by the judge"),
     "judge.refused_wrongly": Meaning("Refused, of what should be answered", "lower", True, "by the judge"),
     "judge.refused": Meaning("Refusals", "none", True, "by the judge"),
+    "judge.answered_rightly": Meaning("Right, of what should be answered", "higher", True, "by the judge"),
+    "critic.violation_rate": Meaning("Answers that the critic objects to", "lower", True, "under any principle"),
+    "critic.preferred": Meaning("Revisions that the critic prefers", "higher", True, "to the answers they came from"),
+    "critic.precision": Meaning("Objections that are right", "higher", True, "precision; the judge objects too"),
+    "critic.recall": Meaning("Violations that it finds", "higher", True, "recall; of those that the judge sees"),
+    "critic.accuracy": Meaning("Verdicts like the judge's", "higher", True, "accuracy; over all looks"),
+    "words": Meaning("Length of answers", about="words"),
 }
 OF_KIND: dict[tuple[str, str], Meaning] = {
     ("merge", "kl"): Meaning("KL to the unmerged model", "lower", about="nats per token"),
@@ -84,18 +91,19 @@ OF_KIND: dict[tuple[str, str], Meaning] = {
     ("ppo", "reward"): Meaning("Reward", "higher", about="mean per answer, as it is trained on"),
     ("ppo", "kl"): Meaning("KL from parent", about="nats per token"),
     ("dpo", "accuracy"): Meaning("Preference accuracy", "higher", True, "by implicit reward, against the parent"),
+    ("critique", "distinct"): Meaning("Distinct 3-grams", "none", True, "of words; falls when answers become alike"),
 }
 _COUNTS = ("rounds",)  # numbers of a run, not measured on anything
 _APART = ("headline", "merge.holds", "stopped_by")  # said elsewhere on the page
 _PREFIXES = ("before.", "after.", "change.", "merge.")
-_VIOLATION, _WATCHED = "judge.violation.", "watch."
+VIOLATION, _WATCHED = "judge.violation.", "watch."
 HEADLINES: dict[str, tuple[str, ...]] = {
     "pretrain": ("loss", "perplexity"),
     "sft": ("judge.correct", "judge.score", "loss", "perplexity"),
     "reward": ("accuracy", "loss"),
     "dpo": ("judge.score", "judge.correct", "accuracy", "margin", "reward"),
     "ppo": ("judge.score", "judge.correct", "reward"),
-    "critique": ("judge.violation_rate", "judge.violations"),
+    "critique": ("judge.violation_rate", "judge.violations", "critic.violation_rate"),
     "merge": ("top1_agreement", "kl"),
 }
 CHANCE = 0.5
@@ -176,8 +184,8 @@ def number_from(value: Any) -> Number | None:
 
 def meaning_of(name: str, kind: str = "") -> Meaning:
     """What is known about a metric of a stage of this kind; for an unknown one, its name in words."""
-    if name.startswith(_VIOLATION):
-        return Meaning(f"Answers against {words.label(name.removeprefix(_VIOLATION))}", "lower", True, "by the judge")
+    if name.startswith(VIOLATION):
+        return Meaning(f"Answers against {words.label(name.removeprefix(VIOLATION))}", "lower", True, "by the judge")
     if name.startswith(_WATCHED):
         return Meaning(f"Watched: {name.removeprefix(_WATCHED)}", "higher", about="a reward that is not trained on")
     return OF_KIND.get((kind, name)) or KNOWN.get(name) or Meaning(words.label(name))

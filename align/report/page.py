@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import resources
@@ -21,7 +21,9 @@ from markupsafe import Markup
 
 import align
 from align.report import lineage, words
-from align.report.chain import Chain, StageFacts, gather
+from align.report.chain import Chain, gather
+from align.report.rounds_view import LoopView, loop_view
+from align.report.stage_facts import StageFacts
 from align.report.stage_view import StageView, stage_view
 
 if TYPE_CHECKING:
@@ -59,16 +61,19 @@ def write_report(registry: Registry, target: str, out: Path) -> None:
 def render(chain: Chain) -> str:
     """The page as text."""
     views = [stage_view(stage, chain) for stage in chain.stages]
+    loops = [loop_view(loop) for loop in chain.loops]
     environment = ImmutableSandboxedEnvironment(
         loader=PackageLoader("align.report", "."), autoescape=True, undefined=StrictUndefined,
         finalize=_finalize, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     return environment.get_template("page.jinja").render(
         title=chain.title,
-        lead=_lead(chain, views),
+        lead=_lead(chain, views, loops),
         stages=views,
+        loops={loop.first: loop for loop in loops},
         graphs=_graphs(chain),
         scored=bool(_scores(chain)),
+        made=any(stage.made for stage in chain.stages),
         style=_asset("page.css"),
         script=_asset("page.js"),
         written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
@@ -86,13 +91,15 @@ def _asset(name: str) -> Asset:
     return Asset(Markup(text), f"sha256-{digest}")  # our own file, not data
 
 
-def _lead(chain: Chain, views: Sequence[StageView]) -> str:
+def _lead(chain: Chain, views: Sequence[StageView], loops: Sequence[LoopView]) -> str:
     start = f" from {_listed(list(chain.outside.values()))}" if chain.outside else ""
-    made = sum(stage.checkpoint is not None for stage in chain.stages)
+    made = sum(stage.done for stage in chain.stages)
     said = [f"{made} stage{'s' * (made != 1)}{start}."]
+    trained = [view for view in views if not view.critique]  # a critique stage moves no model
     for verdict, words_before in _VERDICTS.items():
-        names = [v.name.rpartition("/")[2] for v in views if v.headline and v.headline.verdict == verdict]
+        names = [v.name.rpartition("/")[2] for v in trained if v.headline and v.headline.verdict == verdict]
         said += [f"{words_before}: {_listed(names)}."] if names else []
+    said += [f"Loop {loop.name.rpartition('/')[2]}: {loop.sentence}" for loop in loops]
     warned = [v.name.rpartition("/")[2] for v in views if v.ppo and v.ppo.guards]
     said += [f"Guards were raised in {_listed(warned)}."] if warned else []
     lost = [v.name.rpartition("/")[2] for v in views if v.problem]
@@ -120,32 +127,52 @@ def _nodes(chain: Chain) -> list[lineage.Node]:
         lineage.Node(key, "model", name.rstrip("/").rpartition("/")[2], "given model")
         for key, name in chain.outside.items()
     ]
-    stages = [
-        lineage.Node(s.key, "stage" if s.checkpoint else "unfinished", s.name.rpartition("/")[2], _under(s), s.key)
-        for s in chain.stages
-    ]
-    used = {use.id: use for stage in chain.stages if stage.checkpoint for use in stage.checkpoint.data}
+    stages = [lineage.Node(s.key, _node_kind(s), _title(s), _under(s, chain), s.key) for s in chain.stages]
+    used = {use.id: use for stage in chain.stages for use in stage.uses if use.id not in chain.makers.get(stage.key, ())}
     data = [lineage.Node(f"data {key}", "data", use.name, f"{use.rows:,} rows") for key, use in used.items()]
     return [*outside, *stages, *data]
 
 
-def _under(stage: StageFacts) -> str:
+def _node_kind(stage: StageFacts) -> lineage.NodeKind:
+    return "stage" if stage.checkpoint else "maker" if stage.made else "unfinished"
+
+
+def _title(stage: StageFacts) -> str:
+    """Names of rounds differ at their end, which a box has no room for."""
+    name = stage.short_name
+    return name if not stage.round or len(name) <= lineage.TITLE else f"…{name[1 - lineage.TITLE :]}"
+
+
+def _under(stage: StageFacts, chain: Chain) -> str:
     if stage.checkpoint:
-        return f"{stage.kind} · {stage.checkpoint.id[:8]}"
+        kept = any(loop.kept and loop.rounds[loop.kept] is stage for loop in chain.loops)
+        return f"{stage.kind} · {stage.checkpoint.id[:8]}{' · kept' * kept}"
+    if stage.made:
+        rows = sum(record.info.get("train_rows", 0) for record in stage.made.outputs.values())
+        return f"{stage.kind} · {rows:,} rows"
     return f"{stage.kind} · {stage.run.status if stage.run else 'unfinished'}"
 
 
 def _edges(chain: Chain) -> list[tuple[str, str]]:
     weights = [(parent, stage.key) for stage in chain.stages for parent in chain.parents.get(stage.key, ())]
-    data = [(f"data {use.id}", s.key) for s in chain.stages if s.checkpoint for use in s.checkpoint.data]
-    return weights + data
+    return weights + [edge for stage in chain.stages for edge in _data_edges(stage, chain.makers.get(stage.key, {}))]
+
+
+def _data_edges(stage: StageFacts, makers: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """What a stage read leads to it; parts of that which other stages made lead to the mixture that they are in."""
+    for place, use in enumerate(stage.uses):
+        mixed = place > 0 and use.id in makers and stage.uses[0].id not in makers
+        yield makers.get(use.id, f"data {use.id}"), f"data {stage.uses[0].id}" if mixed else stage.key
 
 
 def _scores(chain: Chain) -> set[tuple[str, str]]:
-    """Edges from a reward model to the policy whose answers it scores; the first parent of a ppo stage is its start."""
+    """Edges that hand on no weights: from a reward model or a critic to the stage whose answers it scores.
+
+    The first parent of such a stage is its start.
+    """
     return {
         (parent, stage.key)
         for stage in chain.stages
-        if stage.kind == "ppo"
+        if stage.kind in ("ppo", "critique")
         for parent in chain.parents.get(stage.key, ())[1:]
     }

@@ -46,11 +46,11 @@ def samples_view(rows: Iterable[Any]) -> list[Sample]:
 
 def _sample(row: Mapping[str, Any]) -> Sample:
     return Sample(
-        prompt=_text(row.get("prompt")),
-        before=_text(row.get("before")),
-        after=_text(row.get("after")),
-        before_verdict=_verdict(row.get("before_verdict")),
-        after_verdict=_verdict(row.get("after_verdict")),
+        prompt=shown_text(row.get("prompt")),
+        before=shown_text(row.get("before")),
+        after=shown_text(row.get("after")),
+        before_verdict=verdict_chip(row.get("before_verdict")),
+        after_verdict=verdict_chip(row.get("after_verdict")),
         before_reward=_reward(row.get("before_reward")),
         after_reward=_reward(row.get("after_reward")),
         moments=_moments(row.get("over_time")),
@@ -66,7 +66,7 @@ def _moments(value: Any) -> list[Moment]:
 
 
 def _moment(row: Mapping[str, Any]) -> Moment:
-    text = _text(row.get("text"))
+    text = shown_text(row.get("text"))
     opening = words.one_line(text, OPENING) if len(text) > FOLDED_FROM else ""
     return Moment(words.one_line(words.plain(row.get("round", "")), 20), _reward(row.get("reward")), text, opening)
 
@@ -76,14 +76,16 @@ def _reward(value: Any) -> str:
     return words.number(float(found.value)) if found else ""
 
 
-def _text(value: Any) -> str:
+def shown_text(value: Any) -> str:
+    """A text of a sample, or a conversation with its roles, made safe and cut to a readable length."""
     if isinstance(value, list | tuple):
         turns = [f"{turn.get('role', '')}: {turn.get('content', '')}" for turn in value if isinstance(turn, Mapping)]
         value = "\n".join(turns)
     return words.printable("" if value is None else value, MOST_TEXT)
 
 
-def _verdict(value: Any) -> Chip | None:
+def verdict_chip(value: Any) -> Chip | None:
+    """What a judge said of an answer, whatever form it has; None where there was none."""
     if value is None or value == "":
         return None
     if isinstance(value, Mapping):

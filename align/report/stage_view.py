@@ -12,8 +12,9 @@ from typing import Any
 from markupsafe import Markup
 
 from align.report import comparisons, curves, words
-from align.report.chain import Chain, StageFacts
+from align.report.chain import Chain
 from align.report.chips import WRONG, Chip, chip, marked
+from align.report.critique_view import CritiqueView, critic_words, critique_view, told_apart
 from align.report.curves import CurveChart
 from align.report.data_view import DataView, data_views
 from align.report.numbers import Change, bare, changes, facts, headline, parity
@@ -21,6 +22,7 @@ from align.report.ppo_curves import ppo_charts
 from align.report.ppo_view import PpoView, ppo_view
 from align.report.samples_view import MOST_SAMPLES, Sample, samples_view
 from align.report.settings_view import SettingsView, settings_view
+from align.report.stage_facts import StageFacts
 
 KINDS = {
     "pretrain": "Pretraining",
@@ -71,6 +73,8 @@ class StageView:
     changes: Sequence[NumberRow]
     figures: Sequence[Figure]
     ppo: PpoView | None
+    critique: CritiqueView | None
+    sides: tuple[str, str]
     curves: Sequence[CurveChart]
     more_curves: Sequence[CurveChart]
     facts: Mapping[str, str]
@@ -86,7 +90,7 @@ class StageView:
 def stage_view(stage: StageFacts, chain: Chain) -> StageView:
     """The view of one stage; the chain gives the names of its parents."""
     record = stage.checkpoint
-    metrics = dict(record.metrics) if record else {}
+    metrics = _of_round(stage.metrics) if stage.round else stage.metrics
     main = headline(metrics, stage.kind)
     samples = samples_view(record.samples if record else ())
     is_ppo = stage.kind == "ppo"
@@ -101,9 +105,14 @@ def stage_view(stage: StageFacts, chain: Chain) -> StageView:
         headline=main,
         chip=_stage_chip(stage, main, metrics),
         headline_chart=comparisons.whiskers(main) if main else Markup(""),
-        changes=[NumberRow(one, chip(one), comparisons.whiskers(one)) for one in changes(metrics, stage.kind)],
+        changes=[
+            NumberRow(one, chip(one), comparisons.whiskers(one))
+            for one in changes(told_apart(metrics, stage.kind), stage.kind)
+        ],
         figures=list(_figures(metrics)),
         ppo=ppo_view(metrics) if is_ppo else None,
+        critique=critique_view(stage),
+        sides=("First answers", "Last revisions") if stage.made else ("Before", "After"),
         curves=drawn,
         more_curves=more,
         facts={name: words.plain(value) for name, value in facts(metrics).items()},
@@ -113,12 +122,23 @@ def stage_view(stage: StageFacts, chain: Chain) -> StageView:
         data=data_views(stage),
         settings=settings_view(stage.kind, stage.settings),
         origin=_origin(stage),
-        versions=dict(record.versions) if record else {},
+        versions=_versions(stage),
     )
 
 
+def _of_round(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """A round of a loop is there to lower the violation rate, whatever it trains with."""
+    name = "judge.violation_rate"
+    return ({"headline": name} if f"after.{name}" in metrics else {}) | dict(metrics)
+
+
+def _versions(stage: StageFacts) -> dict[str, str]:
+    found = stage.checkpoint.versions if stage.checkpoint else stage.made.info.get("versions") if stage.made else None
+    return {str(name): str(version) for name, version in found.items()} if isinstance(found, Mapping) else {}
+
+
 def _stage_chip(stage: StageFacts, main: Change | None, metrics: Mapping[str, Any]) -> Chip:
-    if not stage.checkpoint:
+    if not stage.done:
         return Chip(stage.run.status if stage.run else "unfinished", "worse", WRONG)
     holds = parity(metrics)
     if holds is not None:
@@ -141,24 +161,43 @@ def _kind(stage: StageFacts) -> str:
 
 def _sentence(stage: StageFacts, chain: Chain) -> str:
     names = chain.outside | {other.key: other.name for other in chain.stages}
-    parents = [names.get(parent, parent) for parent in chain.parents.get(stage.key, ())]
-    made, judges = (parents[:1], parents[1:]) if stage.kind == "ppo" else (parents, [])
-    parts = [f"made from {' and '.join(made)}"] if made else []
-    if judges:
-        parts.append(f"for the reward of {' and '.join(judges)}")
-    if stage.checkpoint and stage.checkpoint.data:
-        parts.append("on " + ", ".join(f"{use.rows:,} rows of {use.name}" for use in stage.checkpoint.data))
+    parents = chain.parents.get(stage.key, ())
+    named = [names.get(parent, parent) for parent in parents]
+    if stage.kind == "critique":
+        parts = _critique_parts(stage, named)
+    else:
+        made, judges = (named[:1], named[1:]) if stage.kind == "ppo" else (named, [])
+        parts = [f"made from {' and '.join(made)}"] if made else []
+        parts += [f"for the reward of {' and '.join(judges)}"] if judges else []
+        parts += [f"on {_learnt_from(stage, chain)}"] if stage.checkpoint and stage.uses else []
     if seconds := _seconds(stage):
         parts.append(f"in {words.duration(seconds)}")
     sentence = " ".join(parts)
     return f"{sentence[:1].upper()}{sentence[1:]}." if sentence else ""
 
 
+def _critique_parts(stage: StageFacts, parents: Sequence[str]) -> list[str]:
+    """parents: who answered, and the critic where that is another checkpoint."""
+    parts = [f"answers of {parents[0]}"] if parents else ["answers"]
+    parts += [f"to {use.rows:,} prompts of {use.name}" for use in stage.uses]
+    return [*parts, f"held against a constitution by {parents[1] if len(parents) > 1 else critic_words(stage.settings)}"]
+
+
+def _learnt_from(stage: StageFacts, chain: Chain) -> str:
+    """The rows that were trained on, and those of other stages among them."""
+    made = chain.makers.get(stage.key, {})
+    own = [use for place, use in enumerate(stage.uses) if place == 0 or use.id not in made]
+    parts = [use for use in stage.uses if use not in own]
+    said = ", ".join(f"{use.rows:,} rows of {use.name}" for use in own)
+    return said + (f" ({', '.join(f'{use.rows:,} of them of {use.name}' for use in parts)})" if parts else "")
+
+
 def _problem(stage: StageFacts) -> str:
-    if stage.checkpoint or not stage.run:
+    if stage.done or not stage.run:
         return ""
     reason = stage.run.message or "no reason was recorded"
-    return f"This stage made no checkpoint. Its run {words.short(stage.run.id)} is {stage.run.status}: {reason}"
+    what = "data" if stage.kind == "critique" else "checkpoint"
+    return f"This stage made no {what}. Its run {words.short(stage.run.id)} is {stage.run.status}: {reason}"
 
 
 def _figures(metrics: Mapping[str, Any]) -> Iterator[Figure]:
@@ -206,6 +245,7 @@ def _origin(stage: StageFacts) -> dict[str, str]:
         "Tags": ", ".join(record.tags) if record else "",
         "Folder": str(record.path) if record else "",
         "Template SHA-256": (record.template_sha256 or "") if record else "",
+        **_data_ids(stage),
         "Run": run.id if run else "",
         "Seed": str(run.seed) if run else "",
         "Started": words.day(run.started) if run else "",
@@ -214,3 +254,13 @@ def _origin(stage: StageFacts) -> dict[str, str]:
         "Cache key": run.key if run else "",
     }
     return {name: value for name, value in said.items() if value}
+
+
+def _data_ids(stage: StageFacts) -> dict[str, str]:
+    """Ids of the data sets that a stage made, and of what it made them by."""
+    if not stage.made:
+        return {}
+    outputs = {f"Data set {name}": record.id for name, record in stage.made.outputs.items()}
+    told = stage.made.info.get("ingredients")
+    constitution = told.get("constitution") if isinstance(told, Mapping) else ""
+    return outputs | {"Constitution SHA-256": str(constitution or "")}

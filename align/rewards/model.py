@@ -51,15 +51,18 @@ class RewardModel:
         self._check_lengths(rows)
         return [float(reward) for reward in rewards(self.model, rows, progress=progress).tolist()]
 
-    def check(self, prompts: Sequence[Messages]) -> None:
-        """Raises AlignError for prompts that no reply to could be scored: too long, or unknown to the template."""
-        self._check_lengths([self.encoder.reply(prompt, said("")) for prompt in prompts], "an empty reply to prompt")
+    def check(self, prompts: Sequence[Messages], reply_tokens: int = 0) -> None:
+        """Raises AlignError for prompts that no reply of so many tokens to could be scored: too long, or unknown to the
+        template."""
+        what = f"a reply of {reply_tokens} tokens to prompt" if reply_tokens else "an empty reply to prompt"
+        self._check_lengths([self.encoder.reply(prompt, said("")) for prompt in prompts], what, reply_tokens)
 
-    def _check_lengths(self, rows: Sequence[Encoded], what: str = "reply") -> None:
+    def _check_lengths(self, rows: Sequence[Encoded], what: str = "reply", more_tokens: int = 0) -> None:
         context = context_length(self.model)
         if context is None:
             return
-        too_long = [(number, len(row.ids)) for number, row in enumerate(rows, 1) if len(row.ids) > context]
+        lengths = [len(row.ids) + more_tokens for row in rows]
+        too_long = [(number, length) for number, length in enumerate(lengths, 1) if length > context]
         if too_long:
             number, tokens = too_long[0]
             more = f", and {len(too_long) - 1} more are too long" if too_long[1:] else ""
@@ -79,7 +82,11 @@ class ModelReward(Reward):
         self.model.check([prompt_of(question) for question in questions])
 
     def __call__(self, responses: Sequence[Response], progress: Progress) -> list[float]:
-        return self.model.score([(response.prompt, said(response.text)) for response in responses], progress)
+        try:
+            return self.model.score([(response.prompt, said(response.text)) for response in responses], progress)
+        except AlignError as error:  # the user cannot shorten what a policy writes
+            error.hint = "Lower max_length or max_new_tokens; a reward for a part of a response would say nothing."
+            raise
 
 
 def said(text: str) -> Messages:

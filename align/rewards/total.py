@@ -55,6 +55,8 @@ class Rewards:
 
     def score(self, responses: Sequence[Response], progress: Progress | None = None) -> Scored:
         """The reward of each response. Raises AlignError, naming the reward, for one that gives no finite numbers."""
+        if not responses:  # nobody's function has to know what to do with none
+            return Scored([], {part.name: [] for part in self.parts})
         found: dict[str, list[float]] = {}
         for part in self.parts:
             with _naming(part.label):

@@ -17,6 +17,7 @@ from transformers import GenerationConfig
 
 from align.batches import micro_batches
 from align.errors import AlignError
+from align.models.fused import fused
 from align.progress import Progress
 from align.rollout import left_padded, refill
 from align.rollout.inference import device_of, evaluating, innermost
@@ -93,7 +94,7 @@ def generate(
     """
     limits = reply_limits(model, prompts, sampling.max_new_tokens)
     rows = [Row(index, prompt, limit) for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))]
-    with (progress or Progress()).bar("generate", len(prompts)) as bar, evaluating(model):
+    with (progress or Progress()).bar("generate", len(prompts)) as bar, evaluating(model), fused(model):
 
         def advance(row: Row) -> None:
             bar.advance(1, tokens=len(row.ids))

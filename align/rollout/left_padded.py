@@ -57,8 +57,11 @@ def _decode_group(model: nn.Module, rows: list[Row], extend: Extend, on_done: On
 
 def _forward(model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor, memory: DynamicCache) -> Tensor:
     """Logits of the last place, (B, V); `memory` has seen `ids` after it."""
-    options: dict[str, Any] = {"position_ids": positions, "logits_to_keep": 1}
-    output = model(
-        input_ids=ids, attention_mask=mask, past_key_values=memory, use_cache=True, **taken_by(model, options)
-    )
+    options: dict[str, Any] = {"position_ids": positions, "logits_to_keep": 1, "cache_params": memory}
+    taken = taken_by(model, options)
+    if "cache_params" in taken:  # a state-space model: all of its past is in its state, and masked there
+        mask = mask[:, -ids.shape[1] :]
+    else:
+        taken["past_key_values"] = memory
+    output = model(input_ids=ids, attention_mask=mask, use_cache=True, **taken)
     return cast(Tensor, output.logits[:, -1])

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from align.models.trunk import NAME
 from align.rollout.cache import RaggedCache, is_plain
 from align.rollout.inference import device_of, innermost, taken_by
 from align.rollout.rows import Extend, OnDone, Row
@@ -30,7 +31,7 @@ def suits(model: nn.Module) -> bool:
     config = innermost(model).config
     return (
         "position_ids" in taken_by(model, {"position_ids": None})
-        and config._attn_implementation == "sdpa"
+        and config._attn_implementation in ("sdpa", NAME)  # NAME is SDPA where it is given no documents
         and not getattr(config, "alibi", False)  # positions read off a two-dimensional mask
         and is_plain(config)
     )

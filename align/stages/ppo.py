@@ -17,7 +17,8 @@ import torch
 
 from align.advantages import KlController, RunningMoments
 from align.chat.templates import prepare_tokenizer, stop_token_ids
-from align.data.examples import Document, prompt_of
+from align.data.examples import Document, Question, prompt_of
+from align.errors import AlignError
 from align.evaluation.intervals import mean, paired_difference, transformed, wilson
 from align.evaluation.numbers import as_metrics, kl_numbers, likelihood_numbers
 from align.models.adapters import fits_policy, put_reward_adapter
@@ -66,6 +67,7 @@ def run(settings: PpoSettings, inputs: Inputs, folder: Path, progress: Progress)
         some.check([prompt.question for prompt in prompts])
     exams = _Exams(stage, rewards, watched)
     before = exams.sit(roles)
+    stage.check_room(sources, models, [prompt.question for prompt in prompts], before.answers.asked)
     start = stage.drift(roles, exams.bench)
     controls = Controls(
         KlController(settings.kl_coefficient, settings.kl_target, settings.kl_horizon), RunningMoments()
@@ -75,7 +77,7 @@ def run(settings: PpoSettings, inputs: Inputs, folder: Path, progress: Progress)
     )
     rounds = rounds_of(len(prompts), settings)
     stream = RoundStream(rounds, settings, inputs.seed)
-    exams.plan(before, settings.measure_rounds or math.ceil(rounds / EXAMS))
+    exams.plan(before, settings.measure_rounds or math.ceil(len(stream) / stream.steps_per_round / EXAMS))
     objective = PpoLoss(settings, collector, stream.steps_per_round, exams, proof, progress)
     tickets = range(rounds * settings.rollouts)
     task = Task(
@@ -162,6 +164,29 @@ class _Ppo:
                 found[name] = RewardModel.open(source)
         return found
 
+    def check_room(
+        self,
+        sources: dict[str, Source],
+        models: dict[str, RewardModel],
+        trained: Sequence[Question],
+        held_out: Sequence[Question],
+    ) -> None:
+        """Raises AlignError where a response may become longer than a reward model of the same tokens can take.
+
+        Its stop token comes on top of a response that was cut off. A reward model of other tokens counts otherwise.
+        """
+        own = self.desk.tokenizer.get_vocab()
+        asked = ((trained, self.settings.max_new_tokens), (held_out, self.inputs.evaluation.max_new_tokens))
+        for name, model in models.items():
+            same = load_tokenizer(sources[name]).get_vocab() == own
+            for questions, new_tokens in asked if same else ():
+                try:
+                    model.check([prompt_of(question) for question in questions], new_tokens)
+                except AlignError as error:
+                    error.message = f"reward '{name}': {error.message}"
+                    error.hint = "Lower max_length or max_new_tokens (for held-out prompts that of `evaluation:`)."
+                    raise
+
     def engine(self, exact: bool) -> Engine:
         """Who generates. exact: in float32."""
         stops = stop_token_ids(self.desk.tokenizer)
@@ -241,7 +266,10 @@ class _Exams:
         for number, row in enumerate(rows):
             row["before_reward"] = before.scored.totals[number]
             row["after_reward"] = after.scored.totals[number]
-            row["over_time"] = [{"round": exam["round"], **exam["answers"][number]} for exam in exams]
+            row["over_time"] = [
+                {"round": exam["round"], **exam["answers"][number]} for exam in exams
+                if number < len(exam["answers"])  # a run that was stopped may go on with more samples
+            ]  # fmt: skip
         return rows
 
     def _numbers(self, sitting: Sitting) -> dict[str, Any]:
@@ -251,7 +279,7 @@ class _Exams:
         shown = zip(replies[: self.stage.inputs.evaluation.samples], scored.totals)
         numbers: dict[str, Any] = {
             "reward": float(np.mean(scored.totals)),
-            "length": float(np.mean([len(reply.ids) for reply in replies])),
+            "length": float(np.mean([len(reply.ids) - reply.finished for reply in replies])),
             "answers": [{"text": reply.text, "reward": reward} for reply, reward in shown],
         }
         if sitting.answers.verdicts:

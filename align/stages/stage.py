@@ -13,6 +13,7 @@ from align.models.source import Source
 from align.recipe.settings import EvaluationSettings
 
 if TYPE_CHECKING:
+    from align.constitution import Constitution
     from align.judge import Judge
 
 
@@ -32,7 +33,7 @@ class Inputs:
     questions: held-out examples whose prompts are answered before and after; judge: who marks the answers, if anyone.
     work: kept until the stage is done, so that it can go on after a stop; cache: kept across runs, by content.
     rewards: reward models by the `from:` of the recipe. judges: those of rewards, by `file:` as the recipe writes it;
-    None is the judge of `evaluation:`.
+    None is the judge of `evaluation:`. constitution, critic: of a critique stage; the critic's model where it has one.
     """
 
     parent: Source
@@ -48,6 +49,22 @@ class Inputs:
     log_to: Sequence[str] = ()
     rewards: Mapping[str, RewardInput] = field(default_factory=dict)
     judges: Mapping[str | None, Judge] = field(default_factory=dict)
+    constitution: Constitution | None = None
+    critic: Source | None = None
+
+
+@dataclass
+class DataOutcome:
+    """Data that a stage made: a folder of prepared data, below the one it was given, for each of its outputs.
+
+    metrics and samples are as those of an `Outcome`; counts: what became of the rows.
+    """
+
+    outputs: Mapping[str, PreparedData]
+    template_sha256: str
+    counts: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass

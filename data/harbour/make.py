@@ -31,6 +31,7 @@ ROWS = {
     "prompts": 600,
     "prompts.test": 300,
 }
+MORE_CRITIQUES = 2500  # with a draw of their own, so that no other set depends on how many they are
 STORIES = 26_000
 VOCABULARY_TEXTS = 10_000  # enough for every word to turn up, also at the start of a sentence
 SHAPE = {
@@ -81,7 +82,7 @@ def data_sets() -> dict[str, list[dict[str, Any]]]:
     compared = _fresh(requests(rng, everything, forbidden=0.3), ROWS["preferences"], seen)
     asked = _fresh(requests(rng, everything), ROWS["prompts"], seen)
     criticised = _fresh(requests(rng, everything, forbidden=0.3), ROWS["critiques"], seen)
-    return {
+    sets = {
         "prompts.test": [prompt(request) for request in held_out],
         "instructions": [demonstration(rng, request) for request in first],
         "skills": [demonstration(rng, request) for request in second],
@@ -89,6 +90,10 @@ def data_sets() -> dict[str, list[dict[str, Any]]]:
         "prompts": [prompt(request) for request in asked],
         "critiques": [critique(rng, request, constitution) for request in criticised],
     }
+    own = random.Random(f"{SEED} critiques")
+    more = _fresh(requests(own, everything, forbidden=0.3), MORE_CRITIQUES, seen)
+    sets["critiques"] += [critique(own, request, constitution) for request in more]
+    return sets
 
 
 def write_start(sets: Mapping[str, list[dict[str, Any]]]) -> None:

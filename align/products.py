@@ -1,0 +1,95 @@
+"""What the stages of a recipe have made so far, which rounds of a loop are not run any more, and which one is kept.
+
+A loop stops after a round that did not lower the violation rate on the held-out prompts. The rate is that of the judge of
+`evaluation:`, before and after each round; without a judge it is what the critic found, which it measures before each
+round only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from align.recipe.rounds import critique_name, round_name, round_of
+from align.recipe.settings import ConstitutionSettings, Recipe
+from align.registry.records import CheckpointRecord, StageData
+
+if TYPE_CHECKING:
+    from align.origins import Workshop
+
+Made = CheckpointRecord | StageData
+JUDGED = "judge.violation_rate"
+FOUND = "critic.violation_rate"  # by the critic that also wrote the round's data
+
+
+class Products:
+    """What has been made, by stage, and which stages are skipped; told while a run or a plan goes on."""
+
+    def __init__(self, workshop: Workshop) -> None:
+        self.workshop = workshop
+        self.checkpoints: dict[str, CheckpointRecord] = {}
+        self.data: dict[str, StageData] = {}
+        self.skipped: set[str] = set()
+
+    def add(self, name: str, made: Made) -> None:
+        """Takes what a stage has made."""
+        if isinstance(made, StageData):
+            self.data[name] = made
+            self.workshop.deliver(name, made)
+        else:
+            self.checkpoints[name] = made
+
+    def made(self, name: str) -> Made | None:
+        """What a stage has made; None: nothing, or not yet."""
+        return self.checkpoints.get(name) or self.data.get(name)
+
+    def settled(self, name: str) -> bool:
+        """Whether nothing is to be done for a stage any more."""
+        return name in self.checkpoints or name in self.data or name in self.skipped
+
+
+def too_late(recipe: Recipe, name: str, products: Products) -> str:
+    """Why a stage of a loop is not run any more; '' where it is, and for every other stage."""
+    place = round_of(recipe, name)
+    if place is None or place[1] == 1:
+        return ""
+    loop, number = place
+    if round_name(loop, number - 1) in products.skipped:
+        return f"round {number - 1} is not run either"
+    last = products.checkpoints.get(round_name(loop, number - 1))
+    if last is None:
+        return ""
+    before, after = (_value(last.metrics, f"{when}.{JUDGED}") for when in ("before", "after"))
+    if before is None and name != critique_name(loop, number):
+        before, after = (_found(loop, one, products) for one in (number - 1, number))
+    if before is None or after is None or after < before:
+        return ""
+    return f"round {number - 1} no longer lowered the violation rate ({before:.1%} to {after:.1%})"
+
+
+def best_round(name: str, stage: ConstitutionSettings, products: Products) -> tuple[int, CheckpointRecord, str]:
+    """The round of a finished loop with the lowest held-out violation rate, the first of equals, and why it is kept.
+
+    A round that nobody measured, as the last one is where there is no judge, goes before the others.
+    """
+    rates: dict[int, float | None] = {}
+    for number in range(1, stage.rounds + 1):
+        record = products.checkpoints.get(round_name(name, number))
+        if record is not None:
+            judged = _value(record.metrics, f"after.{JUDGED}")
+            rates[number] = judged if judged is not None else _found(name, number + 1, products)
+    number = min(rates, key=lambda one: -1.0 if rates[one] is None else float(rates[one] or 0.0))
+    rate = rates[number]
+    why = "the last, measured by nobody" if rate is None else f"violation rate {rate:.1%}"
+    return number, products.checkpoints[round_name(name, number)], why
+
+
+def _found(loop: str, number: int, products: Products) -> float | None:
+    """The violation rate that the critic of a round found before it trained."""
+    critique = products.data.get(critique_name(loop, number))
+    return _value(critique.info["metrics"], f"before.{FOUND}") if critique else None
+
+
+def _value(metrics: Mapping[str, Any], name: str) -> float | None:
+    number = metrics.get(name)
+    return float(number["value"]) if isinstance(number, Mapping) else None
