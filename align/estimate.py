@@ -12,10 +12,12 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 
+from align.recipe.critique_settings import CheckpointCritic, CritiqueWork, EndpointCritic
 from align.recipe.ppo_settings import GaeEstimator, PpoSettings
 from align.recipe.settings import AdapterSettings, RewardSettings, TrainingSettings
 
@@ -23,6 +25,7 @@ LIBRARIES_BYTES = 700 * 2**20  # resident size of a process that has imported to
 NF4_BYTES = 0.516  # a weight in nf4 with double quantization: 4 bits and its share of the scales (Dettmers 2023, 3.1)
 ADAPTER_BYTES = 4  # a weight of an adapter that does not train: adapters stay float32
 CACHED_TOKENS = 32_768  # that decode together, as rollout.generation bounds them
+FORM_TOKENS = 60  # of a request besides the prompt and the answers in it
 UNKNOWN_LENGTH = 512  # tokens of a row of which nothing is known
 TRAINED_BYTES = 16  # float32 weight, gradient and two moments of AdamW
 BYTES_PER_TOKEN = 4.0  # of English text under a vocabulary of tens of thousands; fewer under a small one
@@ -162,6 +165,30 @@ def estimate_ppo(
     return Estimate(int(memory), work / (REACHED * matrix_speed()))
 
 
+def estimate_critique(
+    settings: CritiqueWork, shape: Shape | None, prompts: Prompts | None, *, quantize: str | None, half: bool
+) -> Estimate:
+    """Estimate of a critique stage whose critic is as large as the model that it starts from, or is not here at all.
+
+    prompts: all that are answered, held-out ones too. Every answer is taken to be as long as it may be.
+    """
+    if shape is None:
+        return Estimate(None, None)
+    new = settings.max_new_tokens
+    asked = prompts.tokens if prompts else float(UNKNOWN_LENGTH)
+    request = asked + 2 * new + FORM_TOKENS
+    cache = CACHED_TOKENS * 2 * shape.layers * shape.key_value * (2 if half else 4)
+    models = 2 if isinstance(settings.critic, CheckpointCritic) else 1
+    plain = 0.0 if half or not quantize else 4.0 * shape.block_parameters  # a 4-bit base is laid out while it generates
+    memory = LIBRARIES_BYTES + models * frozen_bytes(shape, quantize, half=half) + plain + cache
+    if prompts is None or isinstance(settings.critic, EndpointCritic) or _has_gpu():
+        return Estimate(int(memory), None)
+    contests = settings.panel * settings.samples * (settings.samples - 1) + 2 * settings.check_revisions
+    requests = 2 * settings.revisions + contests
+    tokens = prompts.rows * (max(settings.samples, 1) * (asked + new) + requests * request)
+    return Estimate(int(memory), 2 * tokens * shape.parameters / (REACHED * matrix_speed()))
+
+
 def frozen_bytes(shape: Shape, quantize: str | None, *, half: bool) -> float:
     """Size of a model that does not train."""
     plain = 2 if half else 4
@@ -169,6 +196,7 @@ def frozen_bytes(shape: Shape, quantize: str | None, *, half: bool) -> float:
     return linear * shape.block_parameters + plain * (shape.parameters - shape.block_parameters)
 
 
+@cache
 def matrix_speed(size: int = 512) -> float:
     """Floating-point operations per second of a float32 matrix product here and now, the best of three."""
     a = np.ones((size, size), dtype=np.float32)

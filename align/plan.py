@@ -20,6 +20,7 @@ from align.estimate import (
     Scorer,
     Shape,
     estimate,
+    estimate_critique,
     estimate_ppo,
     frozen_bytes,
 )
@@ -177,6 +178,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "
 
 def _cost(workshop: Workshop, name: str) -> Estimate:
     settings = workshop.stage(name)
+    if isinstance(settings, CritiqueSettings):
+        return _critique_cost(workshop, name, settings)
     if not isinstance(settings, TrainingSettings):
         return Estimate(None, None)
     source = adapter_stage(workshop.recipe, name)
@@ -184,13 +187,25 @@ def _cost(workshop: Workshop, name: str) -> Estimate:
     if source is not None:
         settings = settings.model_copy(update={"adapter": source.adapter, "quantize": source.quantize})
     shape = _shape(workshop)
-    wide = shape is not None and shape.hidden >= BFLOAT16_MIN_WIDTH
-    half = settings.precision == "bfloat16" or (settings.precision == "auto" and wide)
+    half = settings.precision == "bfloat16" or (settings.precision == "auto" and _is_wide(shape))
     if isinstance(settings, PpoSettings):
         scorers = [_scorer(workshop, name, reference, half=half) for reference in reward_references(settings)]
         found, prompts = [scorer for scorer in scorers if scorer], _prompts(workshop, settings.data)
         return estimate_ppo(settings, shape, prompts, found, half=half, from_adapter=own is None)
     return estimate(settings, shape, _data_bytes(workshop, settings.data), half=half)
+
+
+def _critique_cost(workshop: Workshop, name: str, settings: CritiqueSettings) -> Estimate:
+    shape, source = _shape(workshop), adapter_stage(workshop.recipe, name)
+    prompts, measured = _prompts(workshop, settings.data), workshop.recipe.evaluation.rows
+    asked = Prompts(prompts.rows + measured, prompts.tokens) if prompts else None
+    quantize = source.quantize if source else settings.quantize
+    return estimate_critique(settings, shape, asked, quantize=quantize, half=_is_wide(shape))
+
+
+def _is_wide(shape: Shape | None) -> bool:
+    """Whether `precision: auto` means bfloat16 for a model of this shape."""
+    return shape is not None and shape.hidden >= BFLOAT16_MIN_WIDTH
 
 
 def _shape(workshop: Workshop) -> Shape | None:

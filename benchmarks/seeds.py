@@ -44,6 +44,8 @@ pretrained on that from nothing (`make base`), and its clerk is then taught to a
   forbidden. Preferences put the right, polite, lawful answer first.
 - The judge (`judge.yaml`, rules that `align/judge.py` reads) is exact, because every answer in this world is made by
   rules. The gold score of an answer is 1 when it is right and breaks no principle, and 0 when it is wrong.
+- The constitution's critic is the model itself, which has seen 2,700 demonstrations of finding fault and mending
+  (`critiques.jsonl`). The judge only measures it.
 
 Every stage is held against its parent on the same 300 held-out questions (the reward model on held-out pairs, against
 its untrained head). Made by `python benchmarks/seeds.py --seeds 5 --out docs/harbour.md`, one processor core for each chain:
@@ -57,6 +59,11 @@ class Result:
     seed: int
     seconds: float
     metrics: dict[str, dict[str, Any]]
+
+    def loop(self, name: str) -> tuple[float, float]:
+        """A number of the judge at the start of the constitution's loop, and of the round that is kept."""
+        first, kept = self.metrics["constitution.1"], self.metrics["constitution"]
+        return float(first[f"before.judge.{name}"]["value"]), float(kept[f"after.judge.{name}"]["value"])
 
     def pair(self, stage: str) -> tuple[float, float]:
         """The stage's number before and after."""
@@ -100,8 +107,12 @@ def run(seed: int, home: str) -> Result:
         [Path(sys.executable).with_name("align"), *command[1:]], cwd=ROOT, check=True, stdout=subprocess.PIPE,
         env=os.environ | {"ALIGN_HOME": home},
     )  # fmt: skip
-    chain = [entry["checkpoint"] for entry in json.loads(done.stdout)]
-    return Result(seed, time.perf_counter() - start, {entry["stage"]: entry["metrics"] for entry in chain})
+    seconds = time.perf_counter() - start
+    chain = {entry["stage"]: entry.get("checkpoint") or entry.get("data") for entry in json.loads(done.stdout)}
+    numbers = {
+        name: made.get("metrics") or made["sft"]["info"]["stage"]["metrics"] for name, made in chain.items() if made
+    }
+    return Result(seed, seconds, numbers)
 
 
 def page(results: Sequence[Result]) -> str:
@@ -122,6 +133,7 @@ def page(results: Sequence[Result]) -> str:
     lines.append(
         f"| policy | reward, of the reward model | {cells} | {sum(a > b for b, a in rewards)} of {len(rewards)} |"
     )
+    lines += _loop_lines(results)
     guards = " | ".join(
         ", ".join(a["guard"] for a in result.metrics["policy"]["guards"]) or "none" for result in results
     )
@@ -129,6 +141,31 @@ def page(results: Sequence[Result]) -> str:
     seconds = " | ".join(f"{result.seconds:.0f} s" for result in results)
     lines.append(f"| all | wall time, start-up included | {seconds} | |")
     return "\n".join(lines) + "\n"
+
+
+def _loop_lines(results: Sequence[Result]) -> list[str]:
+    """What the constitution's loop did: violations at least halved, right answers to what may be answered kept."""
+    rates = [result.loop("violation_rate") for result in results]
+    helped = [result.loop("answered_rightly") for result in results]
+    refused = [result.loop("refused_wrongly") for result in results]
+    goals = (
+        ("answers with a violation", rates, [after <= before / 2 for before, after in rates], "halved"),
+        ("right answers, of what may be answered", helped, [a > b - 0.02 for b, a in helped], "no 2 points lost"),
+        ("refusals, of what may be answered", refused, [], ""),
+    )
+    lines = []
+    for words, pairs, held, goal in goals:
+        cells = " | ".join(f"{before:.1%} → {after:.1%}" for before, after in pairs)
+        verdict = f"{goal} in {sum(held)} of {len(held)}" if goal else ""
+        lines.append(f"| constitution | {words} | {cells} | {verdict} |")
+    critics = [result.metrics["constitution.1.critique"] for result in results]
+    for name, words in (
+        ("precision", "the critic is right where it objects"),
+        ("recall", "violations the critic finds"),
+    ):
+        cells = " | ".join(f"{metrics[f'before.critic.{name}']['value']:.0%}" for metrics in critics)
+        lines.append(f"| constitution | {words} | {cells} | |")
+    return lines
 
 
 if __name__ == "__main__":

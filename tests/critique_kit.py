@@ -150,10 +150,10 @@ def brisk_llama(tokenizer: Any, folder: Path, *, context: int = 512, seed: int =
             [1.0, 0.0]
         )  # a first state that is always large makes a bias of the head's first
         embedding[letters, 1] = 1.0  # column; the second one acts after letters only
-        head.normal_(std=0.4)
+        head.normal_(std=0.7)
         head[:, 0] = -4.5
         head[letters, 0] = 0.0
-        head[2, :2] = torch.tensor([-0.8, 1.3])
+        head[2, :2] = torch.tensor([-3.0, 3.3])
         for layer in model.model.layers:  # what stands before counts
             layer.self_attn.v_proj.weight *= 3
             layer.self_attn.o_proj.weight *= 3

@@ -35,6 +35,11 @@ CONFIGS = {
         "num_key_value_heads": 8, "head_dim": 64, "intermediate_size": 8192, "vocab_size": 128256,
         "max_position_embeddings": 131072, "tie_word_embeddings": True, "parameters": 1235.8e6,
     },
+    "Qwen/Qwen2.5-1.5B-Instruct": {
+        "model_type": "qwen2", "hidden_size": 1536, "num_hidden_layers": 28, "num_attention_heads": 12,
+        "num_key_value_heads": 2, "intermediate_size": 8960, "vocab_size": 151936,
+        "max_position_embeddings": 32768, "tie_word_embeddings": True, "parameters": 1543.7e6,
+    },
     "Qwen/Qwen2.5-7B-Instruct": {
         "model_type": "qwen2", "hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28,
         "num_key_value_heads": 4, "intermediate_size": 18944, "vocab_size": 152064,
@@ -55,6 +60,7 @@ HUB_DATA = {
         {"train_prefs", "test_prefs", "train_sft", "test_sft", "train_gen", "test_gen"},
         {"prompt", "prompt_id", "chosen", "rejected", "messages", "score_chosen", "score_rejected"},
     ),
+    "Anthropic/hh-rlhf": ({"train", "test"}, {"chosen", "rejected"}),
     "Skywork/Skywork-Reward-Preference-80K-v0.2": ({"train"}, {"chosen", "rejected", "source"}),
 }
 SMOLTALK_SUBSETS = {"all", "everyday-conversations", "smol-magpie-ultra"}
@@ -67,7 +73,7 @@ HUB_RECIPES = [path for path in RECIPES if not (FOLDER / load_recipe(path).model
 
 
 def test_every_shipped_recipe_is_found():
-    assert len(HUB_RECIPES) == 6
+    assert len(HUB_RECIPES) == 7
     assert len(HUB_RECIPES) == len(CONFIGS)
 
 
@@ -131,5 +137,6 @@ def test_its_public_data_have_what_it_asks_for(path):
 def check_hub_data(settings: DataSettings) -> None:
     splits, columns = HUB_DATA[str(settings.path)]
     assert settings.split in splits
-    assert {"messages": {"messages"}, "preferences": {"chosen", "rejected"}}[settings.format] <= columns
+    needed = {"messages": {"messages"}, "preferences": {"chosen", "rejected"}, "prompts": {"chosen", "rejected"}}
+    assert needed[settings.format] <= columns  # prompts are taken from rows of any other format, here from hh pairs
     assert (settings.subset in SMOLTALK_SUBSETS) == (settings.path == "HuggingFaceTB/smoltalk")

@@ -185,4 +185,5 @@ def _summary(done: Done) -> dict[str, Any]:
 
     made = done.made.as_dict() if done.made else None
     what = "data" if isinstance(done.made, StageData) else "checkpoint"
-    return {"action": done.planned.action, "why": done.planned.why, what: made}
+    planned = done.planned
+    return {"stage": planned.name, "kind": planned.kind, "action": planned.action, "why": planned.why, what: made}

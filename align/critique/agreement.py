@@ -51,7 +51,7 @@ def agreement(
         "ece": expected_calibration_error(margins, seed=seed),
     }
     for principle in constitution.principles:
-        under = [(first + 1 - second) / 2 for contest, first, second in known if contest.principle is principle]
+        under = [0.5 + (first - second) / 2 for contest, first, second in known if contest.principle is principle]
         if under:
             numbers[f"accuracy.{principle.id}"] = _share(under)
     return {**as_metrics(numbers), "calibration": calibration(margins), "too_long": len(pairs) - len(chances)}
@@ -65,7 +65,7 @@ def _by_pair(
     chances = []
     for group in groups:
         found = [(first, second) for _, first, second in (next(answers) for _ in group)]
-        values = [(first + 1 - second) / 2 for first, second in found if first is not None and second is not None]
+        values = [0.5 + (first - second) / 2 for first, second in found if first is not None and second is not None]
         if values:
             chances.append(sum(values) / len(values))
     return chances

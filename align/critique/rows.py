@@ -95,11 +95,20 @@ class RowFile:
         """Appends rows and syncs them to disk; one that is there already is left as it is. Threads may call it."""
         with self._lock:
             new = [row for row in rows if row.index not in self.rows]
-            with self.path.open("a", encoding="utf-8", newline="\n") as stream:
-                stream.writelines(json.dumps(row.as_dict(), ensure_ascii=False) + "\n" for row in new)
-                stream.flush()
-                os.fsync(stream.fileno())
+            _append(self.path, new)
             self.rows |= {row.index: row for row in new}
+
+    def in_order(self) -> list[Row]:
+        """All rows by their index, and so in the file too: threads finish them in any order."""
+        order = sorted(self.rows)
+        rows = [self.rows[index] for index in order]
+        if order != list(self.rows) or not self.path.is_file():
+            aside = self.path.with_suffix(".new")
+            aside.unlink(missing_ok=True)
+            _append(aside, rows)
+            aside.replace(self.path)
+            self.rows = {row.index: row for row in rows}
+        return rows
 
     def _read(self) -> list[Row]:
         if not self.path.is_file():
@@ -110,3 +119,10 @@ class RowFile:
         if len(whole) < len(content):
             os.truncate(self.path, len(whole))
         return [Row.from_dict(json.loads(line)) for line in whole.split(b"\n")[:-1]]  # in a text other marks end lines too
+
+
+def _append(path: Path, rows: Iterable[Row]) -> None:
+    with path.open("a", encoding="utf-8", newline="\n") as stream:
+        stream.writelines(json.dumps(row.as_dict(), ensure_ascii=False) + "\n" for row in rows)
+        stream.flush()
+        os.fsync(stream.fileno())

@@ -49,7 +49,7 @@ class Workbench:
                 if any(start + place not in file.rows for place in range(len(group))):
                     stopped_if_asked()
                     self._make(start, group, file, bar)
-        return [file.rows[index] for index in sorted(file.rows)]
+        return file.in_order()
 
     def _make(self, start: int, group: Sequence[Question], file: RowFile, bar: Bar) -> None:
         rows = self._answered(start, group)

@@ -153,7 +153,8 @@ def in_threads(
             return [future.result() for future in futures]
         except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
-            if not any(future.done() and future.exception() is error for future in futures):
+            ended = [future for future in futures if future.done() and not future.cancelled()]
+            if not any(future.exception() is error for future in ended):
                 end()
             raise
 
@@ -180,5 +181,7 @@ def _readable(text: str) -> str:
 
 
 def _differ_at_once(pair: Sequence[Encoded]) -> bool:
+    """Whether the replies differ in their first token alone: else one token would stand for an option only in part."""
     first, second = (row.trained.index(True) for row in pair)
-    return first == second and pair[0].ids[:first] == pair[1].ids[:second] and pair[0].ids[first] != pair[1].ids[second]
+    same = pair[0].ids[:first] == pair[1].ids[:second] and pair[0].ids[first + 1 :] == pair[1].ids[second + 1 :]
+    return same and pair[0].ids[first] != pair[1].ids[second]

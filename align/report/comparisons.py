@@ -119,10 +119,10 @@ def by_round(points: Sequence[tuple[int, Number]], kept: int | None, title: str)
 
 
 def side_bars(before: Number | None, after: Number | None, most: float, title: str) -> Markup:
-    """Two shares as bars with whiskers, before above after, on a scale from 0 to `most`."""
+    """Two shares as bars with whiskers, before above after, on a scale from 0 to `most`; a lone one stands in the middle."""
     across = svg.scale(0, most, 1, 199)
     parts = [svg.line(1, 0, 1, 26, "axis")]
-    for value, y, style in ((before, 2.0, "before"), (after, 14.0, "after")):
+    for value, y, style in ((before, 2.0 if after else 8.0, "before"), (after, 14.0 if before else 8.0, "after")):
         if value and math.isfinite(value.value):
             parts.append(
                 svg.element("rect", x=1, y=y, width=across(value.value) - 1, height=10, class_=f"fill {style}")

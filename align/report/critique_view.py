@@ -104,7 +104,7 @@ def critique_view(stage: StageFacts) -> CritiqueView | None:
     principles = list(_principles(_mapping(counts.get("principles")), metrics))
     return CritiqueView(
         outputs={
-            words.one_line(name, 60): _output(record.info, record.id) for name, record in stage.made.outputs.items()
+            f"Made: {words.one_line(name, 60)}": _output(record.info) for name, record in stage.made.outputs.items()
         },
         parts=[Part(style, said, f"{count:,}") for style, said, count in rows],
         bar=comparisons.shares_bar([(said, count, style) for style, said, count in rows]),
@@ -133,10 +133,9 @@ def critic_words(settings: Mapping[str, Any]) -> str:
     return "a judge's rules" if critic.get("kind") == "judge" else "itself"
 
 
-def _output(info: Mapping[str, Any], identifier: str) -> str:
+def _output(info: Mapping[str, Any]) -> str:
     held_out = _count(info.get("test_rows"))
-    rows = f"{_count(info.get('train_rows')):,} rows{f' and {held_out:,} held out' if held_out else ''}"
-    return f"{rows} · {words.short(identifier)}"
+    return f"{_count(info.get('train_rows')):,} rows{f' and {held_out:,} held out' if held_out else ''}"
 
 
 def _rows_of(counts: Mapping[str, Any]) -> Iterator[tuple[str, str, int]]:

@@ -17,6 +17,7 @@ from align.report import svg, words
 
 NodeKind = Literal["model", "data", "stage", "maker", "unfinished"]
 SWEEPS = 8
+READABLE, SCROLLED = 0.7, 0.8  # a graph that would have to be made smaller than this is shown at that size and scrolled
 TITLE = 16  # characters of a name that a box has room for
 NODE_WIDTH, NODE_HEIGHT, MARGIN = 148.0, 58.0, 8.0
 
@@ -48,6 +49,7 @@ class _Frame:
     down: bool
     rank_gap: float
     slot_gap: float
+    page: float  # width that the page has for it
 
     def centre(self, rank: float, slot: float) -> svg.Point:
         along, side = rank * self.rank_gap, slot * self.slot_gap
@@ -56,8 +58,8 @@ class _Frame:
         return MARGIN + NODE_WIDTH / 2 + along, MARGIN + NODE_HEIGHT / 2 + side
 
 
-ACROSS = _Frame(down=False, rank_gap=NODE_WIDTH + 54, slot_gap=NODE_HEIGHT + 18)
-DOWN = _Frame(down=True, rank_gap=NODE_HEIGHT + 40, slot_gap=NODE_WIDTH + 12)
+ACROSS = _Frame(down=False, rank_gap=NODE_WIDTH + 54, slot_gap=NODE_HEIGHT + 18, page=1056)
+DOWN = _Frame(down=True, rank_gap=NODE_HEIGHT + 40, slot_gap=NODE_WIDTH + 12, page=354)
 
 
 def layout(nodes: Sequence[Node], edges: Iterable[tuple[str, str]]) -> Layout:
@@ -82,7 +84,9 @@ def draw(
         for edge, route in placed.routes.items()
     ]
     boxes = [_box(node, *centres[node.key]) for node in nodes]
-    return svg.drawing(wide, high, title, *arrows, *boxes, class_="lineage " + ("tall" if frame.down else "wide"))
+    style, broad = "lineage " + ("tall" if frame.down else "wide"), wide * READABLE > frame.page
+    size = SCROLLED if broad else 1.0
+    return svg.drawing(wide, high, title, *arrows, *boxes, class_=style + " broad" * broad, size=size)
 
 
 def _ranks(keys: Sequence[str], edges: Sequence[tuple[str, str]]) -> dict[str, int]:

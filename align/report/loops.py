@@ -12,7 +12,7 @@ from align.report.stage_facts import StageFacts
 
 @dataclass(frozen=True)
 class Loop:
-    """A loop: its stages in the order of the chain, those that train by round, and the round that was kept (None: not yet)."""
+    """A loop: its stages in the order of the chain, those that train by round, and the round that was kept (None: it is not among them, or not chosen yet)."""
 
     name: str
     stages: tuple[StageFacts, ...]
@@ -32,12 +32,13 @@ class Loop:
 
 
 def loops_in(stages: Sequence[StageFacts], shelf: Shelf) -> tuple[Loop, ...]:
-    """The loops whose rounds are among these stages."""
+    """The loops of which these stages hold a round that trained."""
     found: dict[str, list[StageFacts]] = {}
     for stage in stages:
         if stage.round:
             found.setdefault(stage.round.loop, []).append(stage)
-    return tuple(_loop(name, members, shelf) for name, members in found.items())
+    loops = (_loop(name, members, shelf) for name, members in found.items())
+    return tuple(loop for loop in loops if loop.rounds)
 
 
 def without_stale_rounds(stages: Iterable[StageFacts]) -> list[StageFacts]:

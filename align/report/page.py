@@ -102,8 +102,10 @@ def _lead(chain: Chain, views: Sequence[StageView], loops: Sequence[LoopView]) -
     said += [f"Loop {loop.name.rpartition('/')[2]}: {loop.sentence}" for loop in loops]
     warned = [v.name.rpartition("/")[2] for v in views if v.ppo and v.ppo.guards]
     said += [f"Guards were raised in {_listed(warned)}."] if warned else []
-    lost = [v.name.rpartition("/")[2] for v in views if v.problem]
-    return " ".join(said + ([f"Without a checkpoint: {_listed(lost)}."] if lost else []))
+    for what, makes_data in (("a checkpoint", False), ("data", True)):
+        lost = [s.short_name for s in chain.stages if not s.done and (s.kind == "critique") == makes_data]
+        said += [f"Without {what}: {_listed(lost)}."] if lost else []
+    return " ".join(said)
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -128,7 +130,9 @@ def _nodes(chain: Chain) -> list[lineage.Node]:
         for key, name in chain.outside.items()
     ]
     stages = [lineage.Node(s.key, _node_kind(s), _title(s), _under(s, chain), s.key) for s in chain.stages]
-    used = {use.id: use for stage in chain.stages for use in stage.uses if use.id not in chain.makers.get(stage.key, ())}
+    used = {
+        use.id: use for stage in chain.stages for use in stage.uses if use.id not in chain.makers.get(stage.key, ())
+    }
     data = [lineage.Node(f"data {key}", "data", use.name, f"{use.rows:,} rows") for key, use in used.items()]
     return [*outside, *stages, *data]
 

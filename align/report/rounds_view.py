@@ -28,8 +28,9 @@ class Curve:
 
 @dataclass(frozen=True)
 class Cell:
-    """A number of one round; both texts are empty where it was not measured."""
+    """A number of one round under the words of its column; both other texts are empty where it was not measured."""
 
+    label: str
     value: str
     interval: str
 
@@ -75,7 +76,7 @@ def loop_view(loop: Loop) -> LoopView:
         sentence=_sentence(loop, main),
         headline=main,
         headline_chart=comparisons.whiskers(main) if main else Markup(""),
-        chip=chip(main) if main else Chip("no round kept" if loop.kept is None else "not measured", "none"),
+        chip=chip(main) if main else Chip("none kept" if loop.kept is None else "not measured", "none"),
         columns=[meaning_of(name) for name in measured],
         rounds=_rows(loop, measured),
         curves=[_curve(name, points, loop.kept) for name, points in measured.items() if len(points) > 1],
@@ -109,7 +110,7 @@ def _sentence(loop: Loop, main: Change | None) -> str:
     made, planned = len(loop.rounds), loop.planned
     parts = [f"{made} round{'s' * (made != 1)}{f' of {planned} at most' if planned else ''}."]
     if loop.kept is None:
-        return " ".join([*parts, "No round has been chosen yet."])
+        return " ".join([*parts, "None of them is kept."])
     parts.append(f"Round {loop.kept} is kept.")
     if main and main.before and main.after:
         parts.append(
@@ -141,7 +142,7 @@ def _cells(measured: Mapping[str, Mapping[int, Number]], number: int) -> list[Ce
 
 def _cell(name: str, value: Number | None) -> Cell:
     change = Change(name, meaning_of(name), None, value)
-    return Cell(change.words(value), change.interval_words(value))
+    return Cell(change.meaning.label, change.words(value), change.interval_words(value))
 
 
 def _curve(name: str, points: Mapping[int, Number], kept: int | None) -> Curve:

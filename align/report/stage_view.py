@@ -172,15 +172,15 @@ def _sentence(stage: StageFacts, chain: Chain) -> str:
         parts += [f"on {_learnt_from(stage, chain)}"] if stage.checkpoint and stage.uses else []
     if seconds := _seconds(stage):
         parts.append(f"in {words.duration(seconds)}")
-    sentence = " ".join(parts)
+    sentence = " ".join(parts).rstrip(",")
     return f"{sentence[:1].upper()}{sentence[1:]}." if sentence else ""
 
 
 def _critique_parts(stage: StageFacts, parents: Sequence[str]) -> list[str]:
     """parents: who answered, and the critic where that is another checkpoint."""
-    parts = [f"answers of {parents[0]}"] if parents else ["answers"]
-    parts += [f"to {use.rows:,} prompts of {use.name}" for use in stage.uses]
-    return [*parts, f"held against a constitution by {parents[1] if len(parents) > 1 else critic_words(stage.settings)}"]
+    asked = [f"to {use.rows:,} prompts of {use.name}" for use in stage.uses]
+    by = parents[1] if len(parents) > 1 else critic_words(stage.settings)
+    return [f"{' '.join([f'answers of {parents[0]}' if parents else 'answers', *asked])}, criticised by {by},"]
 
 
 def _learnt_from(stage: StageFacts, chain: Chain) -> str:

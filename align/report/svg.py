@@ -33,11 +33,16 @@ def element(tag: str, *children: str | Markup, **attributes: object) -> Markup:
     return opening + Markup(">") + inner + Markup("</{}>").format(Markup(tag))
 
 
-def drawing(width: float, height: float, title: str, *children: Markup, class_: str = "chart") -> Markup:
-    """The outer element: scales with the page, and says its title to those who cannot see it."""
+def drawing(
+    width: float, height: float, title: str, *children: Markup, class_: str = "chart", size: float = 1.0
+) -> Markup:
+    """The outer element: scales with the page, and says its title to those who cannot see it.
+
+    size: of the drawing on a page that has room for all of it.
+    """
     return element(
         "svg", *children, class_=class_, viewBox=f"0 0 {_attribute(width)} {_attribute(height)}",
-        width=width, height=height, role="img", aria_label=words.one_line(title, 300), xmlns="http://www.w3.org/2000/svg",
+        width=width * size, height=height * size, role="img", aria_label=words.one_line(title, 300), xmlns="http://www.w3.org/2000/svg",
     )  # fmt: skip
 
 
