@@ -56,6 +56,8 @@ def too_late(recipe: Recipe, name: str, products: Products) -> str:
     loop, number = place
     if round_name(loop, number - 1) in products.skipped:
         return f"round {number - 1} is not run either"
+    if name != critique_name(loop, number) and _nothing_to_learn(recipe, loop, number, products):
+        return f"the critique of round {number} left nothing to learn from"
     last = products.checkpoints.get(round_name(loop, number - 1))
     if last is None:
         return ""
@@ -70,7 +72,7 @@ def too_late(recipe: Recipe, name: str, products: Products) -> str:
 def best_round(name: str, stage: ConstitutionSettings, products: Products) -> tuple[int, CheckpointRecord, str]:
     """The round of a finished loop with the lowest held-out violation rate, the first of equals, and why it is kept.
 
-    A round that nobody measured, as the last one is where there is no judge, goes before the others.
+    The last round that nobody measured, as the last one is where there is no judge, goes before the others.
     """
     rates: dict[int, float | None] = {}
     for number in range(1, stage.rounds + 1):
@@ -78,10 +80,20 @@ def best_round(name: str, stage: ConstitutionSettings, products: Products) -> tu
         if record is not None:
             judged = _value(record.metrics, f"after.{JUDGED}")
             rates[number] = judged if judged is not None else _found(name, number + 1, products)
-    number = min(rates, key=lambda one: -1.0 if rates[one] is None else float(rates[one] or 0.0))
+    unmeasured = [number for number, rate in rates.items() if rate is None]
+    number = max(unmeasured) if unmeasured else min(rates, key=lambda one: float(rates[one] or 0.0))
     rate = rates[number]
     why = "the last, measured by nobody" if rate is None else f"violation rate {rate:.1%}"
     return number, products.checkpoints[round_name(name, number)], why
+
+
+def _nothing_to_learn(recipe: Recipe, loop: str, number: int, products: Products) -> bool:
+    """Whether the critique of a round is done and made no rows for what the round trains."""
+    stage, critique = recipe.stages[loop], products.data.get(critique_name(loop, number))
+    assert isinstance(stage, ConstitutionSettings), "only such a stage has rounds"
+    output = "sft" if stage.train.kind == "sft" else "preferences"
+    used = stage.train.kind != "ppo" or stage.trains_reward
+    return used and critique is not None and not critique.outputs[output].info["train_rows"]
 
 
 def _found(loop: str, number: int, products: Products) -> float | None:

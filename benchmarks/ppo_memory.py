@@ -128,7 +128,7 @@ def sft_task(folder: str, rows: list[list[int]], work: Path, adapter: Any, quant
     })  # fmt: skip
     model = load_policy(source_of(folder), adapter=adapter, quantize=quantize, trainable=True, precision="float32")
     examples = [Encoded([*ids, *ids[:1] * RESPONSE], [False] * len(ids) + [True] * RESPONSE) for ids in rows]
-    return Task(model, AnswerLoss(0), examples, [], settings, 0, work / "state"), Progress()
+    return Task(model, AnswerLoss(), examples, [], settings, 0, work / "state"), Progress()
 
 
 def ppo_task(folder: str, rows: list[list[int]], work: Path, _adapter: Any, quantize: Any) -> Any:

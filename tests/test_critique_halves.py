@@ -89,9 +89,7 @@ def test_principles_are_drawn_by_seed_and_row_by_weight_and_without_repeats() ->
 def test_each_fault_keeps_the_answer(
     critique: str | None, revision: str | None, cut: bool, fault: str, steps: int
 ) -> None:
-    writer = Scripted(
-        lambda text: critique if text.count("|") == 2 else revision, cut=(revision or "",) if cut else ()
-    )
+    writer = Scripted(lambda text: critique if text.count("|") == 2 else revision, cut=(revision or "",) if cut else ())
     found = revised(row(), writer)
     assert (found.fault, len(found.steps)) == (fault, steps)
     assert fault in (*FAULTS, "")

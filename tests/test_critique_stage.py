@@ -121,6 +121,24 @@ def test_the_lineage_leads_through_the_data_to_the_model_that_answered(brisk: Pa
     assert start.path.is_dir()
 
 
+def test_reused_data_is_the_newest_of_its_name_again_and_gc_keeps_it(brisk: Path, tmp_path: Path) -> None:
+    port = port_in(tmp_path, brisk, {"x": CRITIQUE})
+    port.run()
+    first = made(port, "preferences").id
+    port.run("stages.x.samples=2")
+    assert made(port, "preferences").id != first
+    assert port.run() == {"x": "reuse"}
+    assert made(port, "preferences").id == first
+    port.workshop().registry.gc()
+    assert port.run() == {"x": "reuse"}
+    assert port.run("name=quay") == {"x": "reuse"}
+    other = port.workshop().registry.data("quay/x.preferences")
+    assert (other.id, other.info["stage"]["name"]) == (first, "quay/x")
+    count = len(port.workshop().registry.all_data())
+    port.run("name=quay")
+    assert len(port.workshop().registry.all_data()) == count
+
+
 def test_a_prompt_longer_than_the_context_is_kept_apart_and_counted(brisk: Path, tmp_path: Path) -> None:
     port = port_in(tmp_path, brisk, {"x": CRITIQUE})
     with (tmp_path / "asked.jsonl").open("a") as stream:
@@ -276,9 +294,10 @@ def test_another_checkpoint_can_be_the_critic(brisk: Path, tmp_path: Path) -> No
     assert port.run() == {"other": "run", "x": "run"}
     ingredients = made(port, "sft").info["stage"]["ingredients"]
     assert ingredients["critic_id"] == port.workshop().registry.checkpoint("port/other").id
+
+
+def test_a_reward_model_of_the_registry_is_no_critic(brisk: Path, tmp_path: Path) -> None:
+    port_in(tmp_path, brisk, {"r": "{kind: reward, data: pairs}"}).run()
+    port = port_in(tmp_path, brisk, {"x": CRITIQUE.replace("{", "{critic: {kind: checkpoint, from: port/r}, ")})
     with pytest.raises(AlignError, match="is a reward model, which writes no text"):
-        other = port_in(tmp_path / "b", brisk, {"r": "{kind: reward, data: pairs}"})
-        other.run()
-        critic = CRITIQUE.replace("{", "{critic: {kind: checkpoint, from: port/r}, ")
-        third = port_in(tmp_path / "b", brisk, {"x": critic})
-        third.run()
+        port.run()

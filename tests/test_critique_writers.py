@@ -65,8 +65,8 @@ def test_chances_are_those_of_a_plain_forward(writer: LocalWriter, options: tupl
     found = writer.choose(REQUESTS, options)
     for request, chance in zip(REQUESTS, found, strict=True):
         first, second = (option_logp(writer, request, option, whole=whole) for option in options)
-        assert chance == pytest.approx(1 / (1 + math.exp(second - first)), abs=1e-4)
-    assert len({round(chance or 0, 4) for chance in found}) == len(REQUESTS)
+        assert chance == pytest.approx(1 / (1 + math.exp(second - first)), rel=1e-3)
+    assert len(set(found)) == len(REQUESTS)
 
 
 def test_options_in_the_other_order_have_the_other_chance(writer: LocalWriter) -> None:

@@ -108,8 +108,9 @@ def test_nothing_trained_gives_no_number_instead_of_a_perfect_loss(policy):
 def test_a_large_vocabulary_goes_through_in_small_batches(policy, rows, monkeypatch):
     sizes = []
     monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 300 * 45)
-    whole = scoring.pad
-    monkeypatch.setattr(scoring, "pad", lambda batch, pad_id: sizes.append(len(batch)) or whole(batch, pad_id))
+    monkeypatch.setattr(scoring, "is_lean", lambda _: False)
+    whole = scoring.trained_logps
+    monkeypatch.setattr(scoring, "trained_logps", lambda model, some: sizes.append(len(some)) or whole(model, some))
     answer_logps(policy, rows)
     assert sizes[0] == 1
     assert sum(sizes) == len(rows)

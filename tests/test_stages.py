@@ -11,16 +11,16 @@ from align.chat.encoded import Encoded, EncodedPair
 from align.data.examples import Message, Messages, Preference
 from align.data.prepared import DataReport, PreparedData
 from align.errors import AlignError
-from align.losses import sequence_logps
 from align.models.folders import load_tokenizer
 from align.models.loading import load_policy, load_reward
+from align.models.logps import trained_logps
 from align.models.saving import save_checkpoint
 from align.models.source import source_of
 from align.progress import Progress
 from align.recipe.settings import DpoSettings, EvaluationSettings, SigmoidLoss
 from align.stages.dpo import _Dpo
 from align.stages.encoding import Desk
-from align.stages.objectives import ComparedPair, PreferenceLoss, batch_of, response_logps
+from align.stages.objectives import ComparedPair, PreferenceLoss
 from align.stages.reference import rotated
 from align.stages.stage import Inputs
 from align.trainer import autocast
@@ -37,7 +37,7 @@ def pair(first: int, probability: float | None) -> ComparedPair:
 
 def test_a_soft_label_counts_beside_rows_without_one(tiny_llama: Path) -> None:
     model = load_policy(source_of(tiny_llama), precision="float32")
-    loss = PreferenceLoss(0, SigmoidLoss(), beta=0.1)
+    loss = PreferenceLoss(SigmoidLoss(), beta=0.1)
     pairs = [pair(20, None), pair(30, 0.6)]
     with torch.no_grad():
         together, _ = loss(model, pairs)
@@ -67,9 +67,9 @@ def test_the_reference_starts_out_equal_in_bfloat16(tiny_llama: Path, tmp_path: 
     kept = stage.rows(model, questions, "training")
     sides = [one.pair.chosen for one in kept]
     with torch.no_grad():
-        exact = sequence_logps(response_logps(model, batch_of(model, sides, 0)))
+        exact = trained_logps(model, sides).sums()
         with autocast(model, "bfloat16"):
-            policy = sequence_logps(response_logps(model, batch_of(model, sides, 0)))
+            policy = trained_logps(model, sides).sums()
     reference = torch.tensor([one.chosen for one in kept])
     assert (policy - exact).abs().max() > 1e-2
     assert (policy - reference).abs().max() < 1e-4

@@ -36,7 +36,7 @@ def rows(count: int = 10) -> list[Encoded]:
 
 def task(folder: Path, state: Path, some: list[Encoded] | None = None, **changes) -> Task:
     model = load_policy(source_of(folder), trainable=True, precision="float32")
-    return Task(model, AnswerLoss(0), some or rows(), [], settings(**changes), 0, state)
+    return Task(model, AnswerLoss(), some or rows(), [], settings(**changes), 0, state)
 
 
 def weights(model: torch.nn.Module) -> torch.Tensor:

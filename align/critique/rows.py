@@ -118,7 +118,9 @@ class RowFile:
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) < len(content):
             os.truncate(self.path, len(whole))
-        return [Row.from_dict(json.loads(line)) for line in whole.split(b"\n")[:-1]]  # in a text other marks end lines too
+        return [
+            Row.from_dict(json.loads(line)) for line in whole.split(b"\n")[:-1]
+        ]  # in a text other marks end lines too
 
 
 def _append(path: Path, rows: Iterable[Row]) -> None:

@@ -7,6 +7,7 @@ place is taken from the attention mask here. Any classifier with a trunk and a `
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from align.errors import AlignError
 from align.models.source import Source
+from align.models.trunk import hidden_states, inner_model
 
 if TYPE_CHECKING:
     from align.batches import Batch
@@ -46,6 +48,16 @@ def reward_scores(model: nn.Module, batch: Batch) -> Tensor:
     chosen = hidden[torch.arange(len(last), device=last.device), last]
     with torch.autocast(chosen.device.type, enabled=False):  # a reward in bfloat16 has three digits
         scores: Tensor = classifier.score(chosen.float()).float()
+    return scores.squeeze(-1)
+
+
+def row_rewards(model: nn.Module, rows: Sequence[Sequence[int]]) -> Tensor:
+    """Rewards of rows of token ids, (B,), float32: as `reward_scores`, without padding where the architecture allows it."""
+    classifier: Any = inner_model(model)
+    hidden = hidden_states(model, rows)
+    ends = torch.tensor([len(row) for row in rows], device=hidden.device).cumsum(0) - 1
+    with torch.autocast(hidden.device.type, enabled=False):
+        scores: Tensor = classifier.score(hidden[ends].float()).float()
     return scores.squeeze(-1)
 
 

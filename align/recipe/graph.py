@@ -51,7 +51,7 @@ def check_graph(recipe: Recipe) -> list[Problem]:
         if isinstance(stage, ConstitutionSettings) and isinstance(stage.train, PpoSettings):
             problems += [
                 *_wrong_rewards(recipe, name, stage.train, ("train",)),
-                *_wrong_value(recipe, name, stage.train),
+                *_wrong_value(recipe, name, stage.train, ("train",)),
             ]
     return problems
 
@@ -309,10 +309,11 @@ def _makes_no_reward(recipe: Recipe, reference: str) -> str | None:
     return None if made_by is None or isinstance(made_by, RewardSettings) else made_by.kind
 
 
-def _wrong_value(recipe: Recipe, name: str, stage: PpoSettings) -> Iterator[Problem]:
+def _wrong_value(recipe: Recipe, name: str, stage: PpoSettings, block: tuple[str, ...] = ()) -> Iterator[Problem]:
+    """block: as in `_wrong_rewards`."""
     if stage.value.kind == "adapter" and trains_adapter(recipe, name) is False:
         yield Problem(
-            ("stages", name, "value", "kind"),
+            ("stages", name, *block, "value", "kind"),
             f"stage '{name}' trains all weights of its policy, so its value model can be no adapter on the same base.",
             "Set value: model or trunk, or give the stage an `adapter:`.",
         )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from align.errors import did_you_mean
-from align.recipe.critique_settings import OUTPUTS, CritiqueSettings
+from align.recipe.critique_settings import OUTPUTS, CritiqueSettings, CritiqueWork, JudgeCritic
+from align.recipe.objective_settings import DpoSettings, SigmoidLoss
 from align.recipe.problems import Problem
 from align.recipe.settings import ConstitutionSettings, Recipe, TrainingSettings
 from align.recipe.yaml_text import shown
@@ -34,13 +35,20 @@ def output_problems(recipe: Recipe) -> Iterator[Problem]:
     For a recipe without cycles in `mix:`.
     """
     for name, stage in recipe.stages.items():
-        place = ("stages", name, type(stage).model_fields["data"].alias or "data") if hasattr(stage, "data") else ()
+        place: Steps = ("stages", name)
         if isinstance(stage, TrainingSettings):
             for output in outputs_in(recipe, stage.data):
-                yield from _unusable(recipe, place, name, output)
+                data_place = (*place, type(stage).model_fields["data"].alias or "data")
+                yield from _unusable(recipe, data_place, name, stage, output)
         elif isinstance(stage, CritiqueSettings | ConstitutionSettings) and outputs_in(recipe, stage.data):
             message = f"stage '{name}' cannot take its prompts from {shown(outputs_in(recipe, stage.data)[0])}."
-            yield Problem(place, message, "Name the prompts that the other stage started from.")
+            yield Problem((*place, "prompts"), message, "Name the prompts that the other stage started from.")
+        if isinstance(stage, ConstitutionSettings):
+            for index, part in enumerate(stage.mix):
+                for output in outputs_in(recipe, part.data):
+                    yield from _unusable(recipe, (*place, "mix", index, "data"), name, stage.train, output)
+            if _makes_soft_labels(stage):
+                yield from _needs_hard_labels((*place, "train", "loss"), name, stage.train, name)
 
 
 def unknown_data(recipe: Recipe, place: Steps, data: str, *, made: bool) -> Iterator[Problem]:
@@ -57,18 +65,28 @@ def unknown_data(recipe: Recipe, place: Steps, data: str, *, made: bool) -> Iter
     yield Problem(place, f"no data set {shown(data)} in this recipe. {known}")
 
 
-def _unusable(recipe: Recipe, place: Steps, name: str, output: str) -> Iterator[Problem]:
-    maker, what = maker_of(recipe, output), output.rpartition(".")[2]
-    stage, critique = recipe.stages[name], recipe.stages[str(maker)]
-    fitting = LEARNS.get(stage.kind, ())
+def _unusable(recipe: Recipe, place: Steps, name: str, trained: TrainingSettings, output: str) -> Iterator[Problem]:
+    """trained: what learns in stage `name` from the output that `place` names."""
+    maker, _, what = output.rpartition(".")
+    critique = recipe.stages[maker]
+    assert isinstance(critique, CritiqueSettings), "only such a stage makes data"
+    fitting = LEARNS.get(trained.kind, ())
     if what not in fitting:
         other = f"Use {maker}.{fitting[0]}." if fitting else "It needs a data set of the recipe."
-        yield Problem(
-            place, f"stage '{name}' ({stage.kind}) cannot train on '{output}': its rows are {_rows(what)}s.", other
-        )
-    elif what == "sft" and isinstance(critique, CritiqueSettings) and not critique.revisions:
+        message = f"stage '{name}' ({trained.kind}) cannot train on '{output}': its rows are {OUTPUTS[what]}s."
+        yield Problem(place, message, other)
+    elif what == "sft" and not critique.revisions:
         yield Problem(place, f"'{output}' would be empty: stage '{maker}' has revisions: 0.", "Set it to 1 or more.")
+    elif what == "preferences" and _makes_soft_labels(critique):
+        yield from _needs_hard_labels(place, name, trained, maker)
 
 
-def _rows(output: str) -> str:
-    return OUTPUTS[output]
+def _makes_soft_labels(work: CritiqueWork) -> bool:
+    exact = isinstance(work.critic, JudgeCritic) and work.panel == 1 and work.most_confident == 1
+    return work.samples > 0 and not exact
+
+
+def _needs_hard_labels(place: Steps, name: str, trained: TrainingSettings, maker: str) -> Iterator[Problem]:
+    if isinstance(trained, DpoSettings) and not isinstance(trained.loss, SigmoidLoss):
+        message = f"stage '{name}': loss '{trained.loss.kind}' cannot use the soft labels that stage '{maker}' makes of its samples."
+        yield Problem(place, message, f"Use loss: sigmoid, or set samples: 0 in stage '{maker}'.")

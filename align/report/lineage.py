@@ -178,8 +178,14 @@ def _box(node: Node, x: float, y: float) -> Markup:
             height=NODE_HEIGHT,
             rx=NODE_HEIGHT / 2 if node.kind == "data" else 8,
         ),
-        svg.text(x, y - 2, words.one_line(node.title, TITLE), anchor="middle", class_="name"),
+        svg.text(x, y - 2, _shortened(node.title), anchor="middle", class_="name"),
         svg.text(x, y + 16, words.one_line(node.subtitle, 22), anchor="middle", class_="quiet"),
     ]
     box = svg.element("g", *parts, class_=f"node {node.kind}")
     return svg.element("a", box, href=f"#{node.anchor}") if node.anchor else box
+
+
+def _shortened(title: str) -> str:
+    """As much of a name as a box has room for: its beginning and its end, where rounds of a loop differ."""
+    name = words.one_line(title, 200)
+    return name if len(name) <= TITLE else f"{name[:5]}…{name[6 - TITLE :]}"

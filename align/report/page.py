@@ -129,7 +129,7 @@ def _nodes(chain: Chain) -> list[lineage.Node]:
         lineage.Node(key, "model", name.rstrip("/").rpartition("/")[2], "given model")
         for key, name in chain.outside.items()
     ]
-    stages = [lineage.Node(s.key, _node_kind(s), _title(s), _under(s, chain), s.key) for s in chain.stages]
+    stages = [lineage.Node(s.key, _node_kind(s), s.short_name, _under(s, chain), s.key) for s in chain.stages]
     used = {
         use.id: use for stage in chain.stages for use in stage.uses if use.id not in chain.makers.get(stage.key, ())
     }
@@ -139,12 +139,6 @@ def _nodes(chain: Chain) -> list[lineage.Node]:
 
 def _node_kind(stage: StageFacts) -> lineage.NodeKind:
     return "stage" if stage.checkpoint else "maker" if stage.made else "unfinished"
-
-
-def _title(stage: StageFacts) -> str:
-    """Names of rounds differ at their end, which a box has no room for."""
-    name = stage.short_name
-    return name if not stage.round or len(name) <= lineage.TITLE else f"…{name[1 - lineage.TITLE :]}"
 
 
 def _under(stage: StageFacts, chain: Chain) -> str:

@@ -12,6 +12,8 @@ from markupsafe import Markup, escape
 
 from align.report import words
 
+MOST_SAID = 2000  # characters of what a drawing says to those who cannot see it
+
 Point = tuple[float, float]
 Scale = Callable[[float], float]
 
@@ -42,7 +44,7 @@ def drawing(
     """
     return element(
         "svg", *children, class_=class_, viewBox=f"0 0 {_attribute(width)} {_attribute(height)}",
-        width=width * size, height=height * size, role="img", aria_label=words.one_line(title, 300), xmlns="http://www.w3.org/2000/svg",
+        width=width * size, height=height * size, role="img", aria_label=words.one_line(title, MOST_SAID), xmlns="http://www.w3.org/2000/svg",
     )  # fmt: skip
 
 

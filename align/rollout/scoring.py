@@ -11,17 +11,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from align.batches import Batch, micro_batches, pad
+from align.batches import micro_batches, pad
 from align.chat.encoded import Encoded, EncodedPair
-from align.losses import token_logps
+from align.models.logps import PAD_ID, TrainedLogps, is_lean, trained_logps
 from align.models.rewards import reward_scores
 from align.preference_losses import Pair
 from align.progress import Progress
 from align.rollout.inference import device_of, evaluating
 
 TOKENS_AT_ONCE = 8192  # padding included
-LOGITS_AT_ONCE = 2**27  # numbers; 512 MB in float32
-PAD_ID = 0  # any id will do: the attention mask hides it
+LOGITS_AT_ONCE = 2**27  # numbers, where all logits are made; 512 MB in float32
 
 
 class AnswerLogps(NamedTuple):
@@ -41,13 +40,13 @@ class PairLogps(NamedTuple):
 def answer_logps(model: nn.Module, rows: Sequence[Encoded], *, progress: Progress | None = None) -> AnswerLogps:
     """Log-probabilities of the trained tokens of each row, at temperature 1 and without dropout."""
 
-    def score(batch: Batch) -> Tensor:
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-        return token_logps(logits, batch.input_ids, batch.trained).double().sum(dim=1)
+    def score(some: Sequence[Encoded]) -> Tensor:
+        found = trained_logps(model, some)
+        return TrainedLogps(found.logps.double(), found.row, found.rows).sums()
 
-    budget = max(1, min(TOKENS_AT_ONCE, LOGITS_AT_ONCE // _vocabulary(model)))
+    most = TOKENS_AT_ONCE if is_lean(model) else min(TOKENS_AT_ONCE, LOGITS_AT_ONCE // _vocabulary(model))
     counts = torch.tensor([row.labels for row in rows], dtype=torch.float64)
-    return AnswerLogps(_in_batches(model, rows, score, budget, progress), counts)
+    return AnswerLogps(_in_batches(model, rows, score, max(1, most), progress), counts)
 
 
 def pair_logps(model: nn.Module, pairs: Sequence[EncodedPair], *, progress: Progress | None = None) -> PairLogps:
@@ -58,7 +57,11 @@ def pair_logps(model: nn.Module, pairs: Sequence[EncodedPair], *, progress: Prog
 
 def rewards(model: nn.Module, rows: Sequence[Encoded], *, progress: Progress | None = None) -> Tensor:
     """Rewards of a reward model, (N,), float64."""
-    return _in_batches(model, rows, lambda batch: reward_scores(model, batch), TOKENS_AT_ONCE, progress)
+
+    def score(some: Sequence[Encoded]) -> Tensor:
+        return reward_scores(model, pad(some, PAD_ID).to(device_of(model)))
+
+    return _in_batches(model, rows, score, TOKENS_AT_ONCE, progress)
 
 
 def pair_rewards(model: nn.Module, pairs: Sequence[EncodedPair], *, progress: Progress | None = None) -> Pair:
@@ -74,16 +77,16 @@ def reply_row(prompt: Sequence[int], reply: Sequence[int]) -> Encoded:
 def _in_batches(
     model: nn.Module,
     rows: Sequence[Encoded],
-    score: Callable[[Batch], Tensor],
+    score: Callable[[Sequence[Encoded]], Tensor],
     budget: int,
     progress: Progress | None,
 ) -> Tensor:
     found = torch.zeros(len(rows), dtype=torch.float64)
     with (progress or Progress()).bar("evaluate", len(rows)) as bar, evaluating(model):
         for group in micro_batches([len(row.ids) for row in rows], budget):
-            batch = pad([rows[index] for index in group], PAD_ID).to(device_of(model))
-            found[group] = score(batch).double().cpu()
-            bar.advance(len(group), tokens=int(batch.attention_mask.sum()))
+            some = [rows[index] for index in group]
+            found[group] = score(some).double().cpu()
+            bar.advance(len(group), tokens=sum(len(row.ids) for row in some))
     return found
 
 

@@ -85,10 +85,10 @@ class _Dpo:
 
     def objective(self) -> Objective:
         """The loss that the recipe chose."""
-        loss, beta, pad_id = self.settings.loss, self.settings.beta, self.desk.pad_id
+        loss, beta = self.settings.loss, self.settings.beta
         if isinstance(loss, KtoLoss):
-            return RatedLoss(pad_id, loss, beta=beta, batch_tokens=self.settings.batch_tokens)
-        return PreferenceLoss(pad_id, loss, beta=beta)
+            return RatedLoss(loss, beta=beta, batch_tokens=self.settings.batch_tokens)
+        return PreferenceLoss(loss, beta=beta)
 
     def rows(self, model: nn.Module, examples: Sequence[Any], what: str) -> list[Any]:
         """Encoded rows with their reference log-probabilities; `model` must still be the reference."""

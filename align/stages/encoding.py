@@ -49,12 +49,6 @@ class Desk:
         return cls(tokenizer, encoder, longest, context)
 
     @property
-    def pad_id(self) -> int:
-        """Filler for batches; never looked at, since every batch carries its mask."""
-        pad = self.tokenizer.pad_token_id
-        return 0 if pad is None else int(pad)
-
-    @property
     def template_sha256(self) -> str:
         """Hash of the template that every row goes through."""
         return template_sha256(self.tokenizer)

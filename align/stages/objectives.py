@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from align.batches import Batch, micro_batches, pad
+from align.batches import micro_batches
 from align.chat.encoded import Encoded, EncodedPair
-from align.losses import bradley_terry_loss, nll_sum, scored_tokens, sequence_logps, token_logps
-from align.models.rewards import reward_scores
+from align.losses import bradley_terry_loss, nll_sum
+from align.models.logps import trained_logps
+from align.models.rewards import row_rewards
 from align.objective import Objective
 from align.preference_losses import (
     Pair,
@@ -47,9 +48,6 @@ from align.recipe.settings import (
 class AnswerLoss(Objective):
     """Negative log-likelihood of the trained tokens, divided by their number over the whole optimiser step."""
 
-    def __init__(self, pad_id: int) -> None:
-        self.pad_id = pad_id
-
     def weight(self, rows: Sequence[Encoded]) -> float:
         """Number of trained tokens; the first token of a row has nothing before it to be predicted from."""
         return float(sum(row.labels for row in rows))
@@ -60,27 +58,27 @@ class AnswerLoss(Objective):
 
     def __call__(self, model: nn.Module, rows: Sequence[Encoded]) -> tuple[Tensor, dict[str, float]]:
         """Summed loss."""
-        return nll_sum(response_logps(model, batch_of(model, rows, self.pad_id))), {}
+        return nll_sum(trained_logps(model, rows).logps), {}
 
 
 class RewardLoss(Objective):
     """Bradley-Terry on pairs, divided by the number of pairs."""
 
-    def __init__(self, pad_id: int, *, centering: float) -> None:
-        self.pad_id, self.centering = pad_id, centering
+    def __init__(self, *, centering: float) -> None:
+        self.centering = centering
 
     def weight(self, rows: Sequence[EncodedPair]) -> float:
         """Number of pairs."""
         return float(len(rows))
 
     def tokens(self, row: EncodedPair) -> int:
-        """Length of the longer one, twice: both go through the model in one padded batch."""
-        return 2 * max(len(row.chosen.ids), len(row.rejected.ids))
+        """Length of both."""
+        return len(row.chosen.ids) + len(row.rejected.ids)
 
     def __call__(self, model: nn.Module, rows: Sequence[EncodedPair]) -> tuple[Tensor, dict[str, float]]:
         """Summed loss; how many pairs are ranked right, and the summed margin."""
-        batch = batch_of(model, [r.chosen for r in rows] + [r.rejected for r in rows], self.pad_id)
-        chosen, rejected = reward_scores(model, batch).float().chunk(2)
+        sides = [row.chosen for row in rows] + [row.rejected for row in rows]
+        chosen, rejected = row_rewards(model, [side.ids for side in sides]).chunk(2)
         losses = bradley_terry_loss(
             chosen,
             rejected,
@@ -104,23 +102,23 @@ class ComparedPair:
 class PreferenceLoss(Objective):
     """One of the DPO family on pairs, divided by the number of pairs."""
 
-    def __init__(self, pad_id: int, loss: DpoLoss, *, beta: float) -> None:
-        self.pad_id, self.loss, self.beta = pad_id, loss, beta
+    def __init__(self, loss: DpoLoss, *, beta: float) -> None:
+        self.loss, self.beta = loss, beta
 
     def weight(self, rows: Sequence[ComparedPair]) -> float:
         """Number of pairs."""
         return float(len(rows))
 
     def tokens(self, row: ComparedPair) -> int:
-        """Length of the longer one, twice."""
-        return 2 * max(len(row.pair.chosen.ids), len(row.pair.rejected.ids))
+        """Length of both."""
+        return len(row.pair.chosen.ids) + len(row.pair.rejected.ids)
 
     def __call__(self, model: nn.Module, rows: Sequence[ComparedPair]) -> tuple[Tensor, dict[str, float]]:
         """Summed loss; how many implicit rewards rank the pair right, and the summed margin beta * (difference)."""
         pairs = [row.pair for row in rows]
-        batch = batch_of(model, [p.chosen for p in pairs] + [p.rejected for p in pairs], self.pad_id)
-        policy = Pair(*sequence_logps(response_logps(model, batch)).chunk(2))
-        tokens = Pair(*scored_tokens(batch.trained).chunk(2))
+        sides = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+        policy = Pair(*trained_logps(model, sides).sums().chunk(2))
+        tokens = Pair(*_column([side.labels for side in sides], policy.chosen).chunk(2))
         reference = Pair(
             _column([row.chosen for row in rows], policy.chosen), _column([row.rejected for row in rows], policy.chosen)
         )
@@ -170,8 +168,8 @@ class RatedRow:
 class RatedLoss(Objective):
     """KTO on rated replies, divided by their number. Its baseline is that of the whole optimiser step."""
 
-    def __init__(self, pad_id: int, loss: KtoLoss, *, beta: float, batch_tokens: int) -> None:
-        self.pad_id, self.loss, self.beta, self.batch_tokens = pad_id, loss, beta, batch_tokens
+    def __init__(self, loss: KtoLoss, *, beta: float, batch_tokens: int) -> None:
+        self.loss, self.beta, self.batch_tokens = loss, beta, batch_tokens
         self.kl = torch.zeros(())
 
     def weight(self, rows: Sequence[RatedRow]) -> float:
@@ -187,15 +185,13 @@ class RatedLoss(Objective):
         logps = torch.zeros(len(rows))
         with torch.no_grad():
             for group in micro_batches([len(row.mismatched.ids) for row in rows], self.batch_tokens):
-                batch = batch_of(model, [rows[i].mismatched for i in group], self.pad_id)
-                logps[group] = sequence_logps(response_logps(model, batch)).float().cpu()
+                logps[group] = trained_logps(model, [rows[i].mismatched for i in group]).sums().cpu()
         self.kl = kto_kl(logps, _column([row.mismatched_reference for row in rows], logps))
         return rows
 
     def __call__(self, model: nn.Module, rows: Sequence[RatedRow]) -> tuple[Tensor, dict[str, float]]:
         """Summed loss; how many implicit rewards have the sign of their rating."""
-        batch = batch_of(model, [row.row for row in rows], self.pad_id)
-        policy = sequence_logps(response_logps(model, batch))
+        policy = trained_logps(model, [row.row for row in rows]).sums()
         reference = _column([row.reference for row in rows], policy)
         desirable = torch.tensor([row.desirable for row in rows], device=policy.device)
         losses = kto_loss(
@@ -204,17 +200,6 @@ class RatedLoss(Objective):
         )  # fmt: skip
         right = ((policy.detach() > reference) == desirable).sum()
         return losses.sum(), {"accuracy": float(right), "kl": float(self.kl) * len(rows)}
-
-
-def batch_of(model: nn.Module, rows: Sequence[Encoded], pad_id: int) -> Batch:
-    """Rows as one padded batch where the model is."""
-    return pad(rows, pad_id).to(next(model.parameters()).device)
-
-
-def response_logps(model: nn.Module, batch: Batch) -> Tensor:
-    """Log-probabilities of the trained tokens, (B, T - 1), zero elsewhere."""
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-    return token_logps(logits, batch.input_ids, batch.trained)
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ def run(settings: RewardSettings, inputs: Inputs, folder: Path, progress: Progre
         gradient_checkpointing=settings.gradient_checkpointing,
     )
     before = pair_rewards(model, held_out, progress=progress)
-    objective = RewardLoss(desk.pad_id, centering=settings.centering)
+    objective = RewardLoss(centering=settings.centering)
     measured = held_out[: inputs.evaluation.rows]
     train(Task(model, objective, pairs, measured, settings, inputs.seed, inputs.work, inputs.log_to), progress)
     after = pair_rewards(model, held_out, progress=progress)

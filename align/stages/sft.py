@@ -37,7 +37,7 @@ def run(settings: SftSettings | PretrainSettings, inputs: Inputs, folder: Path, 
         gradient_checkpointing=settings.gradient_checkpointing,
     )
     before, known = bench.answers(model), answer_logps(model, held_out, progress=progress)
-    task = Task(model, AnswerLoss(desk.pad_id), rows, held_out, settings, inputs.seed, inputs.work, inputs.log_to)
+    task = Task(model, AnswerLoss(), rows, held_out, settings, inputs.seed, inputs.work, inputs.log_to)
     train(task, progress)
     after, learnt = bench.answers(model), answer_logps(model, held_out, progress=progress)
     save_checkpoint(model, desk.tokenizer, folder)
