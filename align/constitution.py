@@ -38,9 +38,9 @@ from align.constitution_defaults import CRITIQUE_FORM, LEAKS, NOTHING_FOUND, PRE
 from align.data.examples import Message, Messages
 from align.errors import AlignError, did_you_mean
 from align.judge import Pattern
-from align.recipe.problems import Path as KeyPath
-from align.recipe.problems import Problem, node_at, refusal
-from align.recipe.settings import Name, Settings
+from align.recipe.places import Path as KeyPath
+from align.recipe.places import Problem, node_at, refusal
+from align.recipe.training_settings import Name, Settings
 from align.recipe.yaml_text import Node, parse_yaml, shown
 
 _AROUND = " \"'“”‘’`*_.!"  # what may stand around a critique like 'No' without changing it

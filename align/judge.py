@@ -35,8 +35,8 @@ from pydantic_core import ErrorDetails
 
 from align.answers import Answer, Compare, holds, matches
 from align.errors import AlignError, did_you_mean
-from align.recipe.problems import Problem, node_at, refusal
-from align.recipe.settings import Count, Name, Settings
+from align.recipe.places import Problem, node_at, refusal
+from align.recipe.training_settings import Count, Name, Settings
 from align.recipe.yaml_text import Node, parse_yaml, shown
 
 _SENTENCE_END = re.compile(r"[.!?]+(?=\s|$)|\n+")

@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -38,7 +39,8 @@ PATHS = {
 }
 KILLED_AT = 60  # finished rows
 SHOWN = 5  # rows on the page
-JUDGED = 300  # pairs for --judge-only
+JUDGED = 200  # pairs for --judge-only
+WIDTH = 120
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,9 @@ class Bench:
             raise SystemExit("the server did not start")
         return server
 
-    def finished(self) -> list[str]:
-        """Lines of the rows of training prompts that are on disk."""
-        files = list(self.home.glob("**/rows.jsonl"))
+    def finished(self, name: str = "rows.jsonl") -> list[str]:
+        """Lines of the rows that are on disk."""
+        files = list(self.home.glob(f"**/{name}"))
         return files[0].read_text(encoding="utf-8").splitlines() if files else []
 
 
@@ -87,6 +89,7 @@ class Found:
 
     stages: dict[str, dict[str, Any]]
     rows: list[dict[str, Any]]
+    held_out: int
     exit_code: int
     complaint: str
     kept: int
@@ -135,7 +138,8 @@ def run(home: Path) -> Found:
         server.kill()
         server.wait()
     return Found(
-        {entry["stage"]: entry for entry in chain}, [json.loads(line) for line in rows], stage.returncode,
+        {entry["stage"]: entry for entry in chain}, [json.loads(line) for line in rows], len(bench.finished("held_out.jsonl")),
+        stage.returncode,
         complaint, len(kept), set(kept) <= set(rows), judged, time.monotonic() - began,
     )  # fmt: skip
 
@@ -151,10 +155,10 @@ def free_port() -> int:
 
 INTRODUCTION = """# The constitutional stage on real prompts
 
-`align critique` with prompts of hh-rlhf (the first {rows} usable ones of its harmless-base test split, MIT), a pretrained
-Llama of 260,032 weights (stories260K, MIT) that learnt from 1,100 human-written instructions (Apache-2.0) as the policy,
-and a critic over HTTP: the same model, served by `benchmarks/served_model.py`; a vLLM or llama.cpp server takes its place
-by its `url:`. Principles: data/constitutions/general.yaml. Made by
+`align critique` with {rows} prompts of hh-rlhf (harmless-base, test split, MIT) and {held_out} held-out ones. The policy is a
+pretrained Llama of 260,032 weights (stories260K, MIT) that learnt from 1,100 human-written instructions (Apache-2.0). The
+critic stands behind HTTP: the same model, served by `benchmarks/served_model.py`; a vLLM or llama.cpp server takes its
+place by its `url:`. Principles: data/constitutions/general.yaml. Made by
 `ALIGN_SHARED=FOLDER python benchmarks/critique_real.py --out docs/critique-real.md` in {minutes:.1f} minutes on two processor
 cores that other work shared.
 
@@ -169,9 +173,13 @@ The server was killed when {killed} rows were finished. `align run` ended with e
 {complaint}
 ```
 
-{kept} rows were on disk. With the server back, the same command went on: {total} rows, each once, the {kept} among
-them {unchanged}.
+{kept} rows were on disk. With the server back, the same command went on: {total} rows, each once, and the {kept} among them
+{unchanged}.
 """
+JUDGING = """\
+Chance, as was to be expected. A position bias near 0 or 1 says that the critic names the same letter whatever it reads;
+over both orders that cancels, and what is left is noise near a half. In this vocabulary of 512 entries the answer " B" is
+one token and " A" is two. A model in this process is asked for each as a whole; over HTTP only the first token is seen."""
 
 
 def page(found: Found) -> str:
@@ -181,9 +189,9 @@ def page(found: Found) -> str:
     complaint = [line for line in found.complaint.splitlines() if line.strip()][-2:]
     lines = [
         INTRODUCTION.format(
-            rows=len(found.rows), minutes=found.seconds / 60, killed=KILLED_AT, code=found.exit_code,
+            rows=len(found.rows), held_out=found.held_out, minutes=found.seconds / 60, killed=KILLED_AT, code=found.exit_code,
             complaint="\n".join(complaint), kept=found.kept, total=len(found.rows),
-            unchanged="byte for byte" if found.unchanged and once else "CHANGED",
+            unchanged="unchanged to the byte" if found.unchanged and once else "CHANGED",
         ),
         *_fates(found), *_next_stages(found), *_judging(found), *_some_rows(found),
     ]  # fmt: skip
@@ -191,8 +199,8 @@ def page(found: Found) -> str:
 
 
 def _fates(found: Found) -> list[str]:
-    info = found.stages["revised"]["data"]["sft"]["info"]["stage"]
-    told, pairs = info["counts"], found.stages["revised"]["data"]["preferences"]["info"]
+    sft, pairs = (found.stages["revised"]["data"][name]["info"] for name in ("sft", "preferences"))
+    told = sft["stage"]["counts"]
     fates = [("revised", "the revision was taken", told["revised"])]
     fates += [(name, FAULTS[name], number) for name, number in told["apart"].items()]
     long_prompts = sum(row["fault"] == "too_long" and not row["answers"][0] for row in found.rows)
@@ -205,15 +213,16 @@ def _fates(found: Found) -> list[str]:
         "|---|---|---|",
         *(f"| {name} | {words} | {number} |" for name, words, number in fates),
         "",
-        f"Of those that are too long, {long_prompts} prompts leave no room for an answer; the others left room for an answer and "
-        "not for the request about it. Two answers were compared under two principles in both orders "
-        f"{told['comparisons']} times; {sum(one is None for one in probabilities)} of these requests were too long, and the "
-        f"probabilities of the others lie between {known[0]:.2f} and {known[-1]:.2f}: this critic hardly sees a difference, and "
-        "the soft labels say so.",
+        _wrapped(
+            f"Of those that are too long, {long_prompts} prompts leave no room for an answer; the others left none for a "
+            "request about it. Two answers were compared under two principles in both orders "
+            f"{told['comparisons']} times; {len(probabilities) - len(known)} of these requests were too long, and the "
+            f"probabilities of the others lie between {known[0]:.2f} and {known[-1]:.2f}: this critic hardly sees a "
+            "difference, and the soft labels say so."
+        ),
         "",
-        f"`.sft` has {found.stages['revised']['data']['sft']['info']['train_rows']} training rows, `.preferences` "
-        f"{pairs['train_rows']} pairs; held out: "
-        f"{found.stages['revised']['data']['sft']['info']['test_rows']} and {pairs['test_rows']}.",
+        f"`.sft` has {sft['train_rows']} training rows and {sft['test_rows']} held-out ones, `.preferences` "
+        f"{pairs['train_rows']} and {pairs['test_rows']}.",
         "",
     ]
 
@@ -236,8 +245,8 @@ def _judging(found: Found) -> list[str]:
     lines = [
         "## The critic as a judge of human pairs",
         "",
-        f"`align critique --judge-only`, the first {JUDGED} pairs of the file. position bias: how often the reply that stands first was"
-        " preferred, 0.5 where the order does not matter. consistent: the same reply in both orders.",
+        f"`align critique --judge-only` on the first {JUDGED} pairs of the file. Position bias: how often the reply that",
+        "stands first was preferred, 0.5 where the order does not matter. Consistent: the same reply in both orders.",
         "",
         "| critic | accuracy | position bias | consistent | loss | calibration error | pairs | too long |",
         "|---|---|---|---|---|---|---|---|",
@@ -245,14 +254,7 @@ def _judging(found: Found) -> list[str]:
     for where, metrics in found.judged.items():
         cells = [_interval(metrics[name]) for name in ("accuracy", "first", "consistent", "loss", "ece")]
         lines.append(f"| {where} | {' | '.join(cells)} | {metrics['accuracy']['n']} | {metrics['too_long']} |")
-    return [
-        *lines,
-        "",
-        "Chance, as was to be expected: the critic names the same letter whatever it reads, so the two orders cancel and what is "
-        "left is noise near a half. In this vocabulary of 512 entries the answer B is one token and A is two. A model in this "
-        "process is asked for both as a whole; over HTTP only the first token can be seen.",
-        "",
-    ]
+    return [*lines, "", JUDGING, ""]
 
 
 def _some_rows(found: Found) -> list[str]:
@@ -264,6 +266,10 @@ def _some_rows(found: Found) -> list[str]:
         texts = [row["answers"][0], step["critique"], row["final"]]
         lines.append(f"| {step['principle']} | " + " | ".join(map(_cell, texts)) + " |")
     return lines
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
 def _cell(text: str) -> str:

@@ -11,7 +11,8 @@ from typing import Any
 from align.constitution import Constitution, ConstitutionFile
 from align.critique.critics import Critic, TextCritic
 from align.critique.work import Workbench
-from align.critique.writers import EndpointWriter, Written
+from align.critique.writers import EndpointWriter
+from align.critique.writing import Written
 from align.data.examples import Message, Messages, Prompt
 from align.origins import Workshop
 from align.progress import Progress

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from align.cli.main import cli
 from align.critique.agreement import agreement
 from align.critique.critics import Case, Contest
-from align.critique.writers import Written
+from align.critique.writing import Written
 from align.data.examples import Message, Preference
 from align.errors import AlignError
 from tests.critique_kit import constitution, port_in, said
@@ -90,7 +90,7 @@ def test_a_critic_that_is_never_wrong_and_wholly_sure_has_a_finite_loss() -> Non
 
 
 @pytest.fixture
-def recipe(tmp_path: Path, tiny_llama: Path, align_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def recipe(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     stage = "{kind: critique, prompts: asked, constitution: rules.yaml, max_new_tokens: 8}"
     port = port_in(tmp_path, tiny_llama, {"revised": stage})
     rows = [{"prompt": "hello", "chosen": "zzz", "rejected": "abc"}] * 3

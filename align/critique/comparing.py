@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from align.constitution import Constitution
 from align.critique.critics import Contest, Critic
-from align.critique.revising import panel_probabilities
+from align.critique.panel import panel_probabilities
 from align.critique.rows import Comparison, Row
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from align.constitution import Constitution, Principle
-from align.critique.writers import Writer, Written
+from align.critique.writing import Writer, Written
 from align.data.examples import Messages
 from align.judge import Judge
 

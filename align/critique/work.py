@@ -15,7 +15,8 @@ from align.critique.comparing import compare
 from align.critique.critics import Critic
 from align.critique.revising import revise
 from align.critique.rows import Row, RowFile
-from align.critique.writers import EndpointWriter, Writer, in_threads
+from align.critique.writers import EndpointWriter, in_threads
+from align.critique.writing import Writer
 from align.data.examples import Question, prompt_of
 from align.errors import Interrupted
 from align.progress import Bar, Progress

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from align.chat.encoded import Encoded
 from align.chat.encoder import Encoder
 from align.chat.templates import stop_token_ids
 from align.critique.endpoint import Endpoint
+from align.critique.writing import Options, Written
 from align.data.examples import Message, Messages
 from align.errors import AlignError, StageFailed
 from align.models.fused import fused
@@ -26,31 +27,10 @@ from align.rollout.generation import Sampling, generate
 from align.rollout.inference import evaluating
 from align.rollout.scoring import TOKENS_AT_ONCE, answer_logps
 
-Options = tuple[str, str]
 Asked = TypeVar("Asked")
 Found = TypeVar("Found")
 # How servers refuse a request that is longer than the context: OpenAI and vLLM, llama.cpp, others.
 TOO_LONG = re.compile(r"maximum context|context[ _](length|size|window)|longer than the (maximum|model)", re.IGNORECASE)
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """A reply; finished: it ended by itself, not at the limit."""
-
-    text: str
-    finished: bool
-
-
-class Writer(Protocol):
-    """Answers requests, in their order; None for one that is longer than the model's context allows."""
-
-    def write(
-        self, requests: Sequence[Messages], max_new_tokens: int, *, temperature: float = 0.0, seed: int = 0
-    ) -> list[Written | None]:
-        """A reply to each request."""
-
-    def choose(self, requests: Sequence[Messages], options: Options) -> list[float | None]:
-        """Probability of the first option, of the two, as the reply to each request; 0.5 where neither is at hand."""
 
 
 @dataclass(frozen=True)

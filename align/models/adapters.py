@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from align.errors import AlignError, did_you_mean
 from align.models.source import ADAPTER_RECORD, Quantize, Source, weights_sha256
-from align.recipe.settings import AdapterSettings
+from align.recipe.training_settings import AdapterSettings
 
 NAME = "default"  # peft's own name for the one adapter of a model
 OFF = ""  # for `using`: the base alone

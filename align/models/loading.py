@@ -28,7 +28,7 @@ from align.models.opening import (
 )
 from align.models.rewards import require_head, require_reward, start_head
 from align.models.source import Quantize, Source, located
-from align.recipe.settings import AdapterSettings
+from align.recipe.training_settings import AdapterSettings
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from pydantic import ValidationError
 
 from align.errors import AlignError, did_you_mean
 from align.recipe.graph import check_graph, trains_adapter
+from align.recipe.places import node_at, refusal
 from align.recipe.ppo_settings import ModelReward
-from align.recipe.problems import model_at, node_at, owner, problems_of, refusal
+from align.recipe.problems import model_at, owner, problems_of
 from align.recipe.settings import ADAPTER_FACTOR, Recipe, Stage, TrainingSettings
 from align.recipe.types import keys_of, kind_of, short_key
 from align.recipe.yaml_text import Node, Place, parse_yaml, shown

@@ -15,8 +15,8 @@ from align.errors import AlignError, did_you_mean
 from align.recipe.critique_settings import CheckpointCritic, CritiqueSettings, JudgeCritic
 from align.recipe.loop_settings import ROUND
 from align.recipe.outputs import maker_of, output_problems, outputs_in, unknown_data
+from align.recipe.places import Problem
 from align.recipe.ppo_settings import JudgeReward, ModelReward, PpoSettings
-from align.recipe.problems import Problem
 from align.recipe.rounds import stages_of_loop
 from align.recipe.settings import (
     ConstitutionSettings,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from align.errors import did_you_mean
 from align.recipe.critique_settings import OUTPUTS, CritiqueSettings, CritiqueWork, JudgeCritic
 from align.recipe.objective_settings import DpoSettings, SigmoidLoss
-from align.recipe.problems import Problem
+from align.recipe.places import Problem
 from align.recipe.settings import ConstitutionSettings, Recipe, TrainingSettings
 from align.recipe.yaml_text import shown
 

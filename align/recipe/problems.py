@@ -7,15 +7,14 @@ recipes/dpo.yaml:12: 'epochs' of stage 'sft' is 'three'; it must be a number, ab
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from align.errors import AlignError, did_you_mean
+from align.errors import did_you_mean
+from align.recipe.places import Path, Problem, child_at, node_at
 from align.recipe.settings import Recipe
 from align.recipe.types import (
     NAME_RULE,
@@ -29,32 +28,7 @@ from align.recipe.types import (
     one_of_list,
     places_of,
 )
-from align.recipe.yaml_text import Node, Place, shown
-
-MOST_LISTED = 20
-
-Path = tuple[str | int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """One thing to mend. `path` leads to it from the top of the recipe."""
-
-    path: Path
-    message: str
-    hint: str = ""
-    at_key: bool = False  # points at the key instead of at the value
-
-
-def refusal(problems: Sequence[Problem], root: Node) -> AlignError:
-    """One error for all problems, in the order of the file: the first is the message, the others are listed."""
-    placed = sorted(((_place(problem, root), problem) for problem in problems), key=lambda pair: pair[0])
-    lines = [f"{place}: {problem.message}" for place, problem in placed]
-    if len(lines) == 1:
-        return AlignError(lines[0], problems[0].hint)
-    listed = lines[1:MOST_LISTED]
-    more = [f"and {len(lines) - MOST_LISTED} more"] if len(lines) > MOST_LISTED else []
-    return AlignError(lines[0], "\n  ".join([*listed, *more, f"{len(lines)} problems in all."]))
+from align.recipe.yaml_text import Node, shown
 
 
 def problems_of(error: ValidationError, root: Node) -> list[Problem]:
@@ -80,20 +54,6 @@ def owner(path: Path) -> str:
     raise AssertionError(path)
 
 
-def node_at(root: Node, path: Iterable[str | int]) -> tuple[Node, Path]:
-    """The deepest node on the way along `path`, and the part of the path that led there.
-
-    Steps that lead nowhere are left out: a missing key, or the tag that pydantic names for a union's member.
-    """
-    node, walked = root, []
-    for step in path:
-        child = _child(node, step)
-        if child is not None:
-            node = child
-            walked.append(step)
-    return node, tuple(walked)
-
-
 def field_at(root: Node, path: Path) -> FieldInfo | None:
     """The setting that a path leads to, or None where it leads to no single setting."""
     annotation: Any = Recipe
@@ -103,7 +63,7 @@ def field_at(root: Node, path: Path) -> FieldInfo | None:
         model = _model_of(annotation, node)
         field = keys_of(model).get(str(step)) if model and isinstance(step, str) else None
         annotation = field.annotation if field else item_type(annotation)
-        node = _child(node, step) if node else None
+        node = child_at(node, step) if node else None
     return field
 
 
@@ -115,28 +75,15 @@ def model_at(root: Node, path: Path) -> type[BaseModel] | None:
         model = _model_of(annotation, node)
         field = keys_of(model).get(str(step)) if model else None
         annotation = field.annotation if field else item_type(annotation)
-        node = _child(node, step) if node else None
+        node = child_at(node, step) if node else None
     return _model_of(annotation, node)
 
 
 def _model_of(annotation: Any, node: Node | None) -> type[BaseModel] | None:
     if node is None or isinstance(node.value, str):
         return model_of_word(annotation, node.value) if node and isinstance(node.value, str) else model_for(annotation)
-    kind = _child(node, "kind")
+    kind = child_at(node, "kind")
     return model_for(annotation, kind and kind.value)
-
-
-def _child(node: Node, step: str | int) -> Node | None:
-    if isinstance(node.value, dict) and isinstance(step, str):
-        return node.value.get(step)
-    if isinstance(node.value, list) and isinstance(step, int) and step < len(node.value):
-        return node.value[step]
-    return None
-
-
-def _place(problem: Problem, root: Node) -> Place:
-    node, _ = node_at(root, problem.path)
-    return node.key_place if problem.at_key else node.place
 
 
 def _problem(details: ErrorDetails, root: Node) -> Problem:

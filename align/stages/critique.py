@@ -21,7 +21,8 @@ from align.critique.endpoint import Endpoint
 from align.critique.results import counts, critic_metrics, data_sets, judge_metrics, samples
 from align.critique.rows import FAULTS, Row, RowFile
 from align.critique.work import Workbench
-from align.critique.writers import EndpointWriter, LocalWriter, Writer
+from align.critique.writers import EndpointWriter, LocalWriter
+from align.critique.writing import Writer
 from align.data.examples import Document
 from align.errors import StageFailed
 from align.judge import Judge
