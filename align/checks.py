@@ -60,6 +60,7 @@ def check_recipe(workshop: Workshop) -> list[DataCheck]:
     for name in topological_order(recipe):
         stage = recipe.stages[name]
         check_critique(workshop, name, prepared)
+        check_parts(workshop, name)
         if isinstance(stage, TrainingSettings) and stage.data in prepared:
             check_rows(name, stage, prepared[stage.data])
             check_ppo(workshop, name, prepared)
@@ -93,6 +94,18 @@ def check_rows(name: str, stage: TrainingSettings, data: PreparedData) -> None:
             "cannot use them",
             "Use loss: sigmoid, or remove the column.",
         )
+
+
+def check_parts(workshop: Workshop, name: str) -> None:
+    """Raises AlignError for a mixture that waits for another stage's data, and whose given parts a stage cannot use."""
+    stage, recipe = workshop.stage(name), workshop.recipe
+    mixture = recipe.data.get(stage.data) if isinstance(stage, TrainingSettings) else None
+    if not isinstance(stage, TrainingSettings) or mixture is None or not workshop.unmade(stage.data):
+        return
+    for part in mixture.mix:
+        if not outputs_in(recipe, part.data):
+            data = prepare(part.data, recipe.data, folder=workshop.folder, seed=recipe.seed)
+            check_rows(name, stage.model_copy(update={"data": part.data}), data)
 
 
 def _soft(example: Example) -> bool:
@@ -166,12 +179,25 @@ def check_critique(workshop: Workshop, name: str, prepared: Mapping[str, Prepare
             endpoint.check()
             if stage.samples or (stage.revisions and stage.check_revisions):  # a server may give no log-probabilities
                 endpoint.option_logps((Message("user", "Answer with A or B."),), constitution.options)
+    _check_room(workshop, name, stage)
     data = prepared[stage.data]
     if not any(not isinstance(row, Document) for row in data.train):
         raise AlignError(
             f"stage '{name}' (critique) needs prompts; data set '{stage.data}' has none ({len(data.train)} rows of kind "
             f"'{data.kind}')",
             "Name a data set of prompts, conversations or preferences.",
+        )
+
+
+def _check_room(workshop: Workshop, name: str, stage: CritiqueSettings) -> None:
+    from align.stages.encoding import context_of
+
+    start = workshop.starting_point(name, {}) or workshop.model
+    context = context_of(start.source)
+    if stage.max_new_tokens >= context:
+        raise AlignError(
+            f"stage '{name}': max_new_tokens is {stage.max_new_tokens} and the model's context is {context}",
+            "A prompt and its answer have to fit into it; lower max_new_tokens.",
         )
 
 

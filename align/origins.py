@@ -26,8 +26,8 @@ from align.recipe.file import with_learning_rates
 from align.recipe.graph import critic_reference, reward_references
 from align.recipe.outputs import outputs_in
 from align.recipe.ppo_settings import FunctionReward, JudgeReward, PpoSettings, Reward
-from align.recipe.rounds import written_out
-from align.recipe.settings import DataSettings, PretrainSettings, Recipe, Stage, TrainingSettings
+from align.recipe.rounds import round_of, written_out
+from align.recipe.settings import ConstitutionSettings, DataSettings, PretrainSettings, Recipe, Stage, TrainingSettings
 from align.recipe_files import RecipeFiles
 from align.registry.artifacts import disk_errors_explained
 from align.registry.hashing import folder_manifest, sha256_json
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from align.judge import Judge
     from align.registry.store import Registry
 
+KEPT_OUT = {"log_steps", "save_steps", "from_", "seed", "data"}  # of a key: named in it otherwise, or without effect
+ASKING = {"from_", "concurrency", "requests_per_minute", "timeout_seconds", "retries", "token_budget", "key_env"}
 NUMERICS = 2  # raised whenever the same inputs would give other weights
 VERSIONS = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers")
 
@@ -200,8 +202,14 @@ class Workshop:
         """Data sets that a stage reads: its own, and the one whose held-out prompts are answered."""
         stage = self.stage(name)
         own = [stage.data] if isinstance(stage, TrainingSettings | CritiqueSettings) else []
-        asked = self.recipe.evaluation.prompts
+        asked = self.asked(name)
         return list(dict.fromkeys([*own, *([asked] if asked else [])]))
+
+    def asked(self, name: str) -> str | None:
+        """The data set whose held-out prompts a stage is measured on; None: its own. All rounds of a loop have the loop's."""
+        place = round_of(self.recipe, name)
+        loop = self.stage(place[0]) if place else None
+        return self.recipe.evaluation.prompts or (loop.data if isinstance(loop, ConstitutionSettings) else None)
 
     def data_key(self, name: str) -> str:
         """Content hash of a data set: the bytes of its files and the settings that choose among its rows."""
@@ -326,9 +334,7 @@ class Workshop:
 
 def stage_settings(stage: Stage) -> dict[str, Any]:
     """Settings of a stage that can change what it makes, as JSON, with learning rate and alpha filled in."""
-    settings = stage.model_dump(
-        mode="json", by_alias=True, exclude={"log_steps", "save_steps", "from_", "seed", "data"}
-    )
+    settings = stage.model_dump(mode="json", by_alias=True, exclude={**dict.fromkeys(KEPT_OUT, True), "critic": ASKING})
     if isinstance(stage, TrainingSettings):
         settings["learning_rate"] = stage.peak_learning_rate()
         if stage.adapter and stage.adapter.alpha is None:

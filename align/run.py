@@ -11,11 +11,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align.checks import check_critique, check_loggers, check_ppo, check_rows, check_start
+from align.checks import check_critique, check_loggers, check_parts, check_ppo, check_rows, check_start
 from align.data.examples import Document, Question
 from align.data.prepared import DataReport, PreparedData, write_prepared
 from align.data.split import without_questions_of
-from align.errors import AlignError
+from align.errors import AlignError, StageFailed
 from align.origins import Weights, Workshop, library_versions
 from align.plan import PlannedStage, output_key, plan, planned_stage
 from align.products import Made, Products
@@ -31,6 +31,7 @@ from align.recipe.file import resolved
 from align.recipe.graph import needed
 from align.recipe.outputs import outputs_in
 from align.recipe.ppo_settings import ModelReward, PpoSettings
+from align.recipe.rounds import round_of
 from align.recipe.settings import Stage, TrainingSettings
 from align.registry.artifacts import disk_errors_explained
 from align.registry.hashing import sha256_file
@@ -108,6 +109,8 @@ def run_recipe(
             products.add(name, _made(workshop, name, products, progress, forced=forced))
         elif isinstance(planned.made, CheckpointRecord):
             products.add(name, _named(workshop, name, planned.made))
+        elif planned.made is not None:
+            products.add(name, _named_data(workshop, name, planned.made))
         done.append(Done(planned, products.made(name)))
     return done
 
@@ -116,15 +119,16 @@ def _check(workshop: Workshop, order: Sequence[str], planned: Sequence[PlannedSt
     """Raises AlignError for all that can be refused before anything is made."""
     names = dict.fromkeys(data for stage in order for data in workshop.data_names(stage) if not workshop.unmade(data))
     prepared = {name: workshop.data(name)[1] for name in names}
-    for name in order:
+    going = [entry.name for entry in planned if entry.action in ("run", "resume")]
+    for name in going:
         check_rows_of(workshop, name, prepared)
     check_loggers(workshop.recipe.log_to)
     workshop.judge()
-    for entry in planned:
-        if entry.made is None:
-            check_start(workshop, entry.name, prepared)
-            check_ppo(workshop, entry.name, prepared)
-            check_critique(workshop, entry.name, prepared)
+    for name in going:
+        check_start(workshop, name, prepared)
+        check_ppo(workshop, name, prepared)
+        check_critique(workshop, name, prepared)
+        check_parts(workshop, name)
 
 
 def _made(workshop: Workshop, name: str, products: Products, progress: Progress, *, forced: bool) -> Made:
@@ -157,6 +161,16 @@ def _named(workshop: Workshop, name: str, reused: CheckpointRecord) -> Checkpoin
     if registry.knows(full) and registry.checkpoint(full).number == reused.number:
         return reused
     return registry.name_again(reused, full)
+
+
+def _named_data(workshop: Workshop, name: str, reused: StageData) -> StageData:
+    """As `_named`, for the data sets that a stage made."""
+    full = workshop.full_name(name)
+    outputs = {}
+    for output, record in reused.outputs.items():
+        info = {**record.info, "stage": {**record.info["stage"], "name": full}}
+        outputs[output] = workshop.registry.name_data_again(record, f"{full}.{output}", info)
+    return StageData(outputs)
 
 
 def _execute(
@@ -209,7 +223,13 @@ def _execute(
 def _recorded_data(
     workshop: Workshop, name: str, run: Run, outcome: DataOutcome, key: str, ingredients: Mapping[str, Any]
 ) -> StageData:
-    """Data sets that a stage made, registered; what the stage says of itself stands with each of them."""
+    """Data sets that a stage made, registered; what the stage says of itself stands with each of them.
+
+    Raises StageFailed where it made no row; in a later round of a loop that only ends the loop.
+    """
+    place = round_of(workshop.recipe, name)
+    if not any(prepared.train for prepared in outcome.outputs.values()) and (place is None or place[1] == 1):
+        raise StageFailed(outcome.why_empty, "Other prompts, or another critic.")
     told = {
         "name": workshop.full_name(name), "kind": workshop.stage(name).kind, "template_sha256": outcome.template_sha256,
         "counts": outcome.counts, "metrics": outcome.metrics, "samples": outcome.samples,
@@ -243,7 +263,7 @@ def _inputs(
         if isinstance(settings, TrainingSettings | CritiqueSettings)
         else PreparedData("none", [], [], DataReport())
     )
-    asked = recipe.evaluation.prompts
+    asked = workshop.asked(name)
     return Inputs(
         parent=weights.start.source,
         parent_id=weights.start.id,

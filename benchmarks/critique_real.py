@@ -216,7 +216,7 @@ def _fates(found: Found) -> list[str]:
         _wrapped(
             f"Of those that are too long, {long_prompts} prompts leave no room for an answer; the others left none for a "
             "request about it. Two answers were compared under two principles in both orders "
-            f"{told['comparisons']} times; {len(probabilities) - len(known)} of these requests were too long, and the "
+            f"{told['comparisons']} times; {len(probabilities) - len(known)} of these pairs were too long to ask about, and the "
             f"probabilities of the others lie between {known[0]:.2f} and {known[-1]:.2f}: this critic hardly sees a "
             "difference, and the soft labels say so."
         ),

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from align.critique.comparing import compare
 from align.critique.critics import Contest, TextCritic
-from align.critique.results import counts, critic_metrics, data_sets, judge_metrics, samples
 from align.critique.panel import panel_probabilities
+from align.critique.results import counts, critic_metrics, data_sets, judge_metrics, samples
 from align.critique.revising import revise
 from align.critique.rows import FAULTS, Comparison, Row, Step
 from align.data.examples import Conversation, Message, Preference

@@ -18,6 +18,7 @@ from click.testing import CliRunner
 
 from align.cli.checkpoints import checkpoints_group
 from align.critique.rows import Row, RowFile
+from align.critique.work import seed_of
 from align.data.examples import Preference, Prompt
 from align.data.prepared import read_prepared
 from align.errors import AlignError, Interrupted, StageFailed
@@ -262,6 +263,13 @@ def test_only_missing_groups_are_made_again(tmp_path: Path, monkeypatch: pytest.
     assert again == whole
     assert file.path.read_text().splitlines(keepends=True) == lines
     assert {text for text in writer.asked if "|" not in text} == {"q2", "q3", "q4"}
+
+
+def test_each_group_draws_answers_of_its_own() -> None:
+    seeds = [seed_of(seed, start) for seed in (0, 1) for start in (0, 256, 512)]
+    assert len(set(seeds)) == 6
+    assert seeds == [seed_of(seed, start) for seed in (0, 1) for start in (0, 256, 512)]
+    assert all(0 <= seed < 2**48 for seed in seeds)
 
 
 def test_answers_are_sorted_into_rows_with_their_faults(tmp_path: Path) -> None:

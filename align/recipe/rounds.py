@@ -55,23 +55,24 @@ def written_out(recipe: Recipe) -> Recipe:
     for name, stage in recipe.stages.items():
         if isinstance(stage, ConstitutionSettings):
             for number in range(1, stage.rounds + 1):
-                stages |= _round(name, stage, number)
+                seed = recipe.seed if stage.seed is None else stage.seed
+                stages |= _round(name, stage, number, seed + number - 1)
                 data |= _mixture(name, stage, number)
         stages[name] = stage
     return recipe.model_copy(update={"stages": stages, "data": data})
 
 
-def _round(loop: str, stage: ConstitutionSettings, number: int) -> Mapping[str, Stage]:
-    """The stages of one round; each round starts from the one before it."""
+def _round(loop: str, stage: ConstitutionSettings, number: int, seed: int) -> Mapping[str, Stage]:
+    """The stages of one round; each starts from the one before it, and draws anew: other principles for a prompt."""
     start = stage.from_ if number == 1 else round_name(loop, number - 1)
     critique = critique_name(loop, number)
     work = {key: getattr(stage, key) for key in CritiqueWork.model_fields}
     made: dict[str, Stage] = {
         critique: CritiqueSettings.model_construct(
-            kind="critique", from_=start, seed=stage.seed, data=stage.data, quantize=None, **work
+            kind="critique", from_=start, seed=seed, data=stage.data, quantize=None, **work
         )
     }
-    own: dict[str, Any] = {"from_": start, "seed": stage.seed}
+    own: dict[str, Any] = {"from_": start, "seed": seed}
     if stage.trains_reward:
         settings = stage.reward or RewardSettings.model_validate({"kind": "reward", "data": ROUND})
         made[reward_name(loop, number)] = settings.model_copy(update=own | {"data": f"{critique}.preferences"})

@@ -211,16 +211,29 @@ class Registry:
 
     def name_again(self, record: CheckpointRecord, name: str) -> CheckpointRecord:
         """The same checkpoint, registered once more as the newest of `name`; its files are not copied."""
+        number = self._copy_of("checkpoints", record.number, name=check_name(name))
+        return self._checkpoints("c.number = :number", number=number)[0]
+
+    def name_data_again(self, record: DataRecord, name: str, info: Mapping[str, Any]) -> DataRecord:
+        """The same data set, registered once more as the newest of `name` unless it is; its files are not copied."""
+        newest = self._datasets("d.name = :name", name=name)
+        if newest and newest[0].number == record.number:
+            return record
+        number = self._copy_of("datasets", record.number, name=check_name(name), info=to_json(info))
+        return self._datasets("d.number = :number", number=number)[0]
+
+    def _copy_of(self, table_name: str, number: int, **changes: Any) -> int:
+        """Number of a new row that is like an older one but for the changes."""
         from sqlalchemy import func, insert, select
 
-        from align.registry.schema import checkpoints
+        from align.registry import schema
 
+        table = schema.metadata.tables[table_name]
         with self._database.write() as connection:
-            row = connection.execute(select(checkpoints).where(checkpoints.c.number == record.number)).mappings().one()
-            number = connection.execute(select(func.max(checkpoints.c.number) + 1)).scalar_one()
-            again = {**row, "number": number, "name": check_name(name), "created": now()}
-            connection.execute(insert(checkpoints).values(again))
-        return self._checkpoints("c.number = :number", number=number)[0]
+            row = connection.execute(select(table).where(table.c.number == number)).mappings().one()
+            latest: int = connection.execute(select(func.max(table.c.number) + 1)).scalar_one()
+            connection.execute(insert(table).values({**row, "number": latest, "created": now(), **changes}))
+        return latest
 
     def untag(self, tag: str) -> None:
         """Removes a tag; the checkpoint stays. Raises AlignError when there is no such tag."""

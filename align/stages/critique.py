@@ -24,7 +24,6 @@ from align.critique.work import Workbench
 from align.critique.writers import EndpointWriter, LocalWriter
 from align.critique.writing import Writer
 from align.data.examples import Document
-from align.errors import StageFailed
 from align.judge import Judge
 from align.models.folders import load_tokenizer
 from align.models.loading import load_policy
@@ -62,8 +61,6 @@ def run(settings: CritiqueSettings, inputs: Inputs, folder: Path, progress: Prog
         rows = bench.rows(questions, RowFile(inputs.work / "rows.jsonl"), "prompts")
     made = data_sets(rows, tested, keep_faultless=settings.keep_faultless, revises=settings.revisions > 0)
     told = counts(rows, constitution)
-    if not any(data.train for data in made.values()):
-        raise StageFailed(f"no row came of {len(rows)} prompts: {_reasons(rows)}", "Other prompts, or another critic.")
     for name in ("rows.jsonl", "held_out.jsonl"):  # every step of every row, also of those that are kept apart
         (folder / "sft").mkdir(exist_ok=True)
         shutil.copyfile(inputs.work / name, folder / "sft" / name)
@@ -74,6 +71,7 @@ def run(settings: CritiqueSettings, inputs: Inputs, folder: Path, progress: Prog
         counts=told,
         metrics={**critic_metrics(tested), **(judge_metrics(tested, judge) if judge and tested else {})},
         samples=samples(tested or rows, judge, inputs.evaluation.samples),
+        why_empty=f"no row came of {len(rows)} prompts: {_reasons(rows)}",
     )
 
 

@@ -57,7 +57,7 @@ class Inputs:
 class DataOutcome:
     """Data that a stage made: a folder of prepared data, below the one it was given, for each of its outputs.
 
-    metrics and samples are as those of an `Outcome`; counts: what became of the rows.
+    metrics and samples are as those of an `Outcome`; counts: what became of the rows. why_empty: where no row was made.
     """
 
     outputs: Mapping[str, PreparedData]
@@ -65,6 +65,7 @@ class DataOutcome:
     counts: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
+    why_empty: str = ""
 
 
 @dataclass
