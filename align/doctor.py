@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from align.allocator import left_alone
 from align.errors import AlignError
 from align.machine import this_machine
 
@@ -84,6 +85,8 @@ def _hardware() -> Iterator[Finding]:
         yield Finding("cores", cores, details=details)
     limit = f", limited to {machine.memory_limit_bytes / GIB:.1f} GiB" if machine.memory_limit_bytes else ""
     yield Finding("memory", f"{machine.memory_bytes / GIB:.1f} GiB{limit}", details=details)
+    why = left_alone()
+    yield Finding("allocator", f"as the system has it ({why})" if why else "keeps freed memory for the next tensor")
 
 
 def _accelerators() -> Iterator[Finding]:

@@ -50,13 +50,13 @@ def port_of(folder: Path, stage: str, model: Path | str = "nowhere", more: str =
 # Written out ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_loop_of_sft_is_its_rounds_one_after_the_other(tmp_path: Path) -> None:
+def test_a_loop_of_sft_is_its_rounds_one_after_the_other_each_with_draws_of_its_own(tmp_path: Path) -> None:
     recipe = port_of(tmp_path, loop("from: b, seed: 7, "), b="{kind: sft, data: talk}").workshop().recipe
     assert list(recipe.stages) == ["b", "z.1.critique", "z.1", "z.2.critique", "z.2", "z"]
     starts = {name: (type(stage), stage.from_, stage.seed) for name, stage in recipe.stages.items() if name != "b"}
     assert starts == {
         "z.1.critique": (CritiqueSettings, "b", 7), "z.1": (SftSettings, "b", 7),
-        "z.2.critique": (CritiqueSettings, "z.1", 7), "z.2": (SftSettings, "z.1", 7),
+        "z.2.critique": (CritiqueSettings, "z.1", 8), "z.2": (SftSettings, "z.1", 8),
         "z": (ConstitutionSettings, "b", 7),
     }  # fmt: skip
     assert [recipe.stages[name].data for name in ("z.1.critique", "z.1", "z.2")] == [  # type: ignore[union-attr]

@@ -11,6 +11,7 @@ import sys
 import click
 
 from align import __version__
+from align.allocator import keep_freed_memory
 from align.cli.checkpoints import checkpoints_group
 from align.cli.critique import critique_command
 from align.cli.data import data_group
@@ -64,6 +65,7 @@ for command in COMMANDS:
 def main() -> None:
     """Entry point of the `align` command."""
     quiet_libraries()
+    keep_freed_memory()
     try:
         cli.main(standalone_mode=False)
     except AlignError as error:
