@@ -125,9 +125,10 @@ def stage_table(made: Iterable[CheckpointRecord | StageData]) -> Table:
     recipes = {record.name.rpartition("/")[0] for record in records}
     table = _table(stage="", measured="", parent="right", **{"": ""}, child="right", change="right", verdict="")
     table.title = words.one_line(f"{recipes.pop()}: held-out numbers") if len(recipes) == 1 else None
+    named = {record.name: record for record in records}
     for record in records:
         name = record.name.rpartition("/")[2] if table.title else record.name
-        change = headline(record.metrics, _kind(record))
+        change = headline(*_moved(record, named.get(f"{record.name}.1")))
         cells = _cells(name, change) if change else [name, "not measured"]
         if (holds := parity(record.metrics)) is not None:
             cells[-1] = "parity holds" if holds else "parity broken"
@@ -221,6 +222,18 @@ def _cell(text: str) -> Text:
     indent = first[: len(first) - len(first.lstrip())]
     cell = Text(indent + words.one_line(first, 400), style=_STYLES.get(first, ""))
     return cell.append(f"\n{words.one_line(below)}", style="dim") if below else cell
+
+
+def _moved(record: CheckpointRecord | StageData, first: CheckpointRecord | StageData | None) -> tuple[Any, str]:
+    """Numbers of a stage and the kind that chooses the one to show. What a loop and its rounds move are violations.
+
+    first: round 1, where the stage is a loop, which stands for all rounds from the start to the one that is kept.
+    """
+    if first is None:
+        is_round = "." in record.name.rpartition("/")[2]
+        return record.metrics, "critique" if is_round else _kind(record)
+    start = {name: value for name, value in first.metrics.items() if name.startswith("before.")}
+    return start | {name: value for name, value in record.metrics.items() if name.startswith("after.")}, "critique"
 
 
 def _kind(record: CheckpointRecord | StageData) -> str:

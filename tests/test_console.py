@@ -89,6 +89,21 @@ def test_the_table_of_stages_fits_and_keeps_every_number(checkpoints: list, widt
     assert "…" not in text
 
 
+def test_a_loop_stands_for_all_rounds_up_to_the_one_that_is_kept() -> None:
+    def made(name: str, before: float, after: float) -> SimpleNamespace:
+        def share(value: float) -> dict[str, float]:
+            return {"value": value, "low": value - 0.01, "high": value + 0.01, "n": 300}
+
+        metrics = {"before.judge.violation_rate": share(before), "after.judge.violation_rate": share(after)}
+        metrics |= {"before.judge.correct": share(0.5), "after.judge.correct": share(0.5)}
+        return SimpleNamespace(name=f"x/{name}", kind="model", recipe={"settings": {"kind": "sft"}}, metrics=metrics)
+
+    text = table_text(stage_table([made("loop.1", 0.4, 0.2), made("loop.2", 0.2, 0.1), made("loop", 0.2, 0.1)]))
+    *_, last = [line for line in text.splitlines() if line.startswith("loop")]
+    assert "Answers with a violation" in last
+    assert re.search(r"40\.0%.*10\.0%.*better", last)
+
+
 def test_data_cannot_steer_the_terminal() -> None:
     record = SimpleNamespace(
         name="x/[red]\x1b[31m", kind="model", recipe={}, metrics={"after.\x1b]0;t\x07[link=file:///]y": 1.0}
