@@ -33,7 +33,7 @@ __all__ = [
     "write_prepared",
 ]  # fmt: skip
 
-PREPARE_VERSION = 1  # raised whenever the same files and settings would give other rows
+PREPARE_VERSION = 2  # raised whenever the same files and settings would give other rows
 MANY_DROPPED = 0.5  # share of rows above which a report warns
 
 Data = Mapping[str, DataSettings]
