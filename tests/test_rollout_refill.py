@@ -132,6 +132,7 @@ def test_bfloat16_autocast_gives_the_log_probabilities_of_a_scoring_pass(loaded,
 def test_free_places_are_refilled_and_no_step_computes_a_finished_row(loaded, prompts, monkeypatch):
     model, tokenizer = loaded
     queue, sampling = prompts * 4, Sampling(40, temperature=1.0, seed=1)
+    monkeypatch.setattr(refill, "shared_prefixes", lambda _: {})
     with_slots(monkeypatch, queue, sampling, 8)
     with Passes(model) as passes:
         replies = generate(model, tokenizer, queue, sampling, stop_ids=STOPS)

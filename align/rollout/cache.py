@@ -6,7 +6,8 @@ sliding window or a recurrent state stay transformers' own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,13 +74,16 @@ def _room(states: Tensor, columns: int) -> Tensor:
 class _Place:
     """What the next forward pass does to every layer.
 
-    Prefill (columns None): whole prompts, right-padded, go to the rows from `first` on, at column 0.
+    Prefill (columns None): prompts, right-padded, go to the rows from `first` on, at column 0, or behind `prefix`.
+    Reading (taken not None): the keys and values of all layers are put there, and nowhere else.
     Decoding: one column for each of the first len(columns) rows, at `columns` (rows,); the first `width` are shown.
     """
 
     rows: int = 0  # allocated
     room: int = 0  # columns allocated
     first: int = 0
+    prefix: Sequence[tuple[Tensor, Tensor]] = ()
+    taken: list[tuple[Tensor, Tensor]] | None = None
     columns: Tensor | None = None
     live: Tensor | None = None  # 0, 1, ... for each of the columns
     width: int = 0
@@ -91,7 +95,7 @@ class RaggedCache(DynamicCache):  # type: ignore[misc]
     def __init__(self, config: Any) -> None:
         super().__init__(config=config)
         self.place = _Place()
-        self.layers: list[RaggedLayer] = [RaggedLayer(self.place) for _ in range(len(self.layers))]
+        self.layers: list[RaggedLayer] = [RaggedLayer(self.place, number) for number in range(len(self.layers))]
 
     def allocate(self, rows: int, columns: int) -> None:
         """Room for so many rows and columns at least, from the next forward pass on; what is kept is copied."""
@@ -99,9 +103,18 @@ class RaggedCache(DynamicCache):  # type: ignore[misc]
             self.place.rows = max(rows, self.place.rows)
             self.place.room = -(-columns // COLUMN_STEP) * COLUMN_STEP
 
-    def prefill_from(self, row: int) -> None:
-        """The next forward pass has whole prompts, for the rows from this one on."""
-        self.place.first, self.place.columns = row, None
+    def prefill_from(self, row: int, prefix: Sequence[tuple[Tensor, Tensor]] = ()) -> None:
+        """The next forward pass has prompts for the rows from this one on, or what of them stands behind `prefix`."""
+        self.place.first, self.place.columns, self.place.prefix = row, None, prefix
+
+    @contextmanager
+    def read_into(self, states: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
+        """A forward pass in this block leaves its keys and values in `states`, a layer each, and not in the cache."""
+        self.place.columns, self.place.taken = None, states
+        try:
+            yield
+        finally:
+            self.place.taken = None
 
     def decode_at(self, columns: Tensor, width: int) -> None:
         """The next forward pass has one token for each live row, at its column; none lies at `width` or beyond."""
@@ -120,14 +133,17 @@ class RaggedCache(DynamicCache):  # type: ignore[misc]
 class RaggedLayer(DynamicLayer):  # type: ignore[misc]
     """Buffers (rows, heads, columns, width) of keys and values, written where `place` says."""
 
-    def __init__(self, place: _Place) -> None:
+    def __init__(self, place: _Place, number: int) -> None:
         super().__init__()
-        self.place = place
+        self.place, self.number = place, number
         self.buffers: list[Tensor] = []
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write new columns; returns what the new queries see: all of the live rows, or the prompts alone."""
         states = [key_states, value_states]
+        if self.place.taken is not None:
+            self.place.taken.append((key_states, value_states))
+            return key_states, value_states
         if not self.buffers:
             self.lazy_initialization(key_states, value_states)
         if not self.buffers or self.buffers[0].shape[::2] != (self.place.rows, self.place.room):
@@ -135,9 +151,12 @@ class RaggedLayer(DynamicLayer):  # type: ignore[misc]
         columns, live = self.place.columns, self.place.live
         if columns is None or live is None:
             rows = slice(self.place.first, self.place.first + len(key_states))
+            if self.place.prefix:
+                before = self.place.prefix[self.number]
+                states = [torch.cat([p.expand(len(s), -1, -1, -1), s], 2) for p, s in zip(before, states, strict=True)]
             for buffer, state in zip(self.buffers, states, strict=True):
                 buffer[rows, :, : state.shape[2]] = state
-            return key_states, value_states
+            return states[0], states[1]
         for buffer, state in zip(self.buffers, states, strict=True):
             buffer[live.to(state.device), :, columns.to(state.device)] = state[:, :, 0]
         keys, values = (buffer[: len(columns), :, : self.place.width] for buffer in self.buffers)

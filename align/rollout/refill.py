@@ -2,13 +2,14 @@
 
 Each row ends at a column of its own in the cache, so rows of any length decode together without padding, in exact
 attention over their own columns. The live rows stand first: where one finishes, the last one takes its place, so that
-no step computes a finished row, and what waits is prefilled behind them, prompts of like length at once. Rows with the
-longest prompts go first. Left out: paged caches, shared prompts, and layers that do not keep all keys (see `suits`).
+no step computes a finished row, and what waits is prefilled behind them, prompts of like length at once. A beginning that
+prompts share is read once. Rows with the longest prompts go first. Left out: paged caches, and layers that do not keep
+all keys (see `suits`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from align.models.trunk import NAME
 from align.rollout.cache import RaggedCache, is_plain
 from align.rollout.inference import device_of, innermost, taken_by
+from align.rollout.prefixes import Prefix, shared_prefixes
 from align.rollout.rows import Extend, OnDone, Row
 
 PREFILL_TOKENS = 8192  # prompts of one forward pass, padding included
@@ -40,7 +42,8 @@ def suits(model: nn.Module) -> bool:
 def decode(model: nn.Module, rows: Sequence[Row], tokens_at_once: int, extend: Extend, on_done: OnDone) -> None:
     """Give every row its reply. tokens_at_once: columns of the cache, rows times longest; at least one row decodes."""
     waiting = sorted(rows, key=lambda row: -row.longest)
-    batch = _Batch(model, tokens_at_once, extend, on_done, RaggedCache(innermost(model).config))
+    cache = RaggedCache(innermost(model).config)
+    batch = _Batch(model, tokens_at_once, extend, on_done, cache, shared_prefixes(rows))
     while waiting or batch.live:
         joining = batch.room_for(waiting)
         batch.join(waiting[:joining])
@@ -57,6 +60,7 @@ class _Batch:
     extend: Extend
     on_done: OnDone
     cache: RaggedCache
+    prefixes: Mapping[int, Prefix]
     live: list[Row] = field(default_factory=list)
 
     def room_for(self, waiting: Sequence[Row]) -> int:
@@ -70,12 +74,11 @@ class _Batch:
 
     def join(self, rows: Sequence[Row]) -> None:
         """Prefill these rows behind the live ones, and give them their first tokens."""
-        groups = _of_like_length(rows)
+        groups = [group for part in self._by_prefix(rows) for group in _of_like_length(part)]
         everyone = [*self.live, *rows]
         self.cache.allocate(len(everyone), max((len(row.prompt) + len(row.ids) for row in everyone), default=0))
         for group in groups:
-            self.cache.prefill_from(len(self.live))
-            self.extend(group, self._prefill(group))
+            self.extend(group, self._prefill(group, self.prefixes.get(group[0].index)))
             self.live += group
         self._drop_finished()
 
@@ -94,16 +97,35 @@ class _Batch:
         self.extend(self.live, self._forward(ids, positions[:, None], seen[:, None, None])[:, -1])
         self._drop_finished()
 
-    def _prefill(self, group: Sequence[Row]) -> Tensor:
+    def _by_prefix(self, rows: Sequence[Row]) -> list[list[Row]]:
+        """Those that share a beginning together, in the order in which they come; the others together too."""
+        parts: dict[int, list[Row]] = {}
+        for row in rows:
+            parts.setdefault(id(self.prefixes.get(row.index)), []).append(row)
+        return list(parts.values())
+
+    def _prefill(self, group: Sequence[Row], prefix: Prefix | None) -> Tensor:
         """Logits (B, V) after each prompt. Prompts are padded on the right, where no real token sees the padding."""
-        last = torch.tensor([len(row.prompt) - 1 for row in group])
-        ids = torch.zeros((len(group), int(last.max()) + 1), dtype=torch.long)
-        for place, row in enumerate(group):
-            ids[place, : len(row.prompt)] = torch.tensor(row.prompt)
+        known = len(prefix.ids) if prefix else 0
+        if prefix and not prefix.states:
+            with self.cache.read_into(prefix.states):
+                self._read([prefix.ids], 0)
+        self.cache.prefill_from(len(self.live), prefix.states if prefix else ())
+        return self._read([row.prompt[known:] for row in group], known)
+
+    def _read(self, texts: Sequence[Sequence[int]], known: int) -> Tensor:
+        """Logits (B, V) after each text. known: tokens that stand before every one of them, and are in the cache."""
         device = device_of(self.model)
+        last = torch.tensor([len(text) - 1 for text in texts])
+        ids = torch.zeros((len(texts), int(last.max()) + 1), dtype=torch.long)
+        for place, text in enumerate(texts):
+            ids[place, : len(text)] = torch.tensor(text)
+        columns = torch.arange(known + ids.shape[1], device=device)
+        positions = columns[known:]
+        mask = (columns <= positions[:, None])[None, None].expand(len(texts), -1, -1, -1) if known else None
         with _head_reads(innermost(self.model), last):
-            logits = self._forward(ids.to(device), torch.arange(ids.shape[1], device=device)[None], None)
-        return logits[:, 0] if logits.shape[1] == 1 else logits[torch.arange(len(group)), last]
+            logits = self._forward(ids.to(device), positions[None], mask)
+        return logits[:, 0] if logits.shape[1] == 1 else logits[torch.arange(len(texts)), last]
 
     def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
         output = self.model(
