@@ -143,7 +143,8 @@ class ConstitutionFile(Settings):
 class Constitution:
     """Principles, ready to be drawn and asked."""
 
-    def __init__(self, file: ConstitutionFile) -> None:
+    def __init__(self, file: ConstitutionFile, text: str = "") -> None:
+        self.file, self.text = file, text
         self.name = file.name
         self.principles = tuple(file.principles)
         self.options = (file.options[0], file.options[1])
@@ -168,10 +169,26 @@ class Constitution:
             file = ConstitutionFile.model_validate(root.plain())
         except ValidationError as error:
             raise refusal([_problem(details, root) for details in error.errors(include_url=False)], root) from None
-        constitution = cls(file)
+        constitution = cls(file, text)
         if problems := [*_of_principles(constitution), *_of_examples(constitution), *_of_options(constitution)]:
             raise refusal(problems, root)
         return constitution
+
+    def tagged(self, tags: Sequence[str]) -> Constitution:
+        """The same with only the principles that have one of the tags; no tags: all of them.
+
+        Raises AlignError for a tag that no principle has, and where none that is left would ever be drawn.
+        """
+        known = {tag for principle in self.principles for tag in principle.tags}
+        unknown = [tag for tag in tags if tag not in known]
+        if unknown:
+            raise AlignError(f"no principle has the tag {shown(unknown[0])}", did_you_mean(unknown[0], known))
+        if not tags:
+            return self
+        kept = [principle for principle in self.principles if set(principle.tags) & set(tags)]
+        if not any(principle.weight for principle in kept):
+            raise AlignError(f"every principle tagged {', '.join(tags)} has a weight of 0, so none would ever be drawn")
+        return Constitution(self.file.model_copy(update={"principles": kept}), self.text)
 
     def critique_request(self, principle: Principle, prompt: Messages, answer: str) -> Messages:
         """Turns that ask for a critique of `answer`: the principle's examples, then one user turn."""

@@ -177,7 +177,14 @@ class Workshop:
     def constitution(self, name: str) -> Constitution | None:
         """The constitution of a critique stage; None for any other stage."""
         stage = self.stage(name)
-        return self.files.constitution(stage.constitution)[1] if isinstance(stage, CritiqueSettings) else None
+        if not isinstance(stage, CritiqueSettings):
+            return None
+        whole = self.files.constitution(stage.constitution)[1]
+        try:
+            return whole.tagged(stage.tags)
+        except AlignError as error:
+            error.message = f"stage '{name}': {stage.constitution}: {error.message}"
+            raise
 
     def deliver(self, name: str, made: StageData) -> None:
         """Makes what a stage of this recipe has made known to the stages that train on it."""

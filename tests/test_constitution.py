@@ -443,3 +443,22 @@ def test_the_examples_in_the_documentation_load(tmp_path):
         assert re.search(rf"\(\.\./{re.escape(str(path.relative_to(ROOT)))}\) \| {count}:", page)
     for model in (ConstitutionFile, module.Principle, Forms):
         assert all(f"{key}`" in page for key in model.model_fields if key not in ("principles", "forms"))
+
+
+# Tags ----------------------------------------------------------------------------------------------------------------
+
+
+def test_only_principles_with_a_tag_are_kept_and_drawn():
+    whole = Constitution.load(ROOT / "data" / "constitutions" / "general.yaml")
+    some = whole.tagged(["honesty"])
+    assert 0 < len(some.principles) < len(whole.principles)
+    assert all("honesty" in principle.tags for principle in some.principles)
+    assert {principle.id for principle in some.draw(Random(0), 99)} <= {p.id for p in some.principles}
+    assert whole.tagged([]) is whole
+
+
+def test_a_tag_that_no_principle_has_is_refused():
+    whole = Constitution.load(ROOT / "data" / "constitutions" / "general.yaml")
+    with pytest.raises(AlignError, match="no principle has the tag 'honest'") as error:
+        whole.tagged(["honest"])
+    assert "honesty" in error.value.hint

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from align.recipe.training_settings import Count, Positive, Settings, StageSettings
+from align.recipe.training_settings import Count, Name, Positive, Settings, StageSettings
 
 Confidence = Annotated[float, Field(gt=0.5, le=1)]
 OUTPUTS = {"sft": "conversation", "preferences": "preference"}  # data sets of a critique stage, and kinds of their rows
@@ -74,6 +74,7 @@ class CritiqueWork(Settings):
     """What is written about each prompt."""
 
     constitution: str = Field(description="YAML file of principles, relative to the recipe.")
+    tags: list[Name] = Field([], description="Only principles with one of these tags; empty: all.")
     critic: Critic = Field(
         SelfCritic(), description="Who critiques, revises and chooses: `self`, `judge`, or a mapping with `kind`."
     )

@@ -61,9 +61,11 @@ def run(settings: CritiqueSettings, inputs: Inputs, folder: Path, progress: Prog
         rows = bench.rows(questions, RowFile(inputs.work / "rows.jsonl"), "prompts")
     made = data_sets(rows, tested, keep_faultless=settings.keep_faultless, revises=settings.revisions > 0)
     told = counts(rows, constitution)
+    beside = folder / "sft"
+    beside.mkdir(exist_ok=True)
+    (beside / "constitution.yaml").write_text(constitution.text, encoding="utf-8")
     for name in ("rows.jsonl", "held_out.jsonl"):  # every step of every row, also of those that are kept apart
-        (folder / "sft").mkdir(exist_ok=True)
-        shutil.copyfile(inputs.work / name, folder / "sft" / name)
+        shutil.copyfile(inputs.work / name, beside / name)
     judge = inputs.judge
     return DataOutcome(
         outputs=made,
