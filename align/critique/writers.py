@@ -9,10 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
-from align.batches import micro_batches
 from align.chat.encoded import Encoded
 from align.chat.encoder import Encoder
 from align.chat.templates import stop_token_ids
@@ -20,12 +18,10 @@ from align.critique.endpoint import Endpoint
 from align.critique.writing import Options, Written
 from align.data.examples import Message, Messages
 from align.errors import AlignError, StageFailed
-from align.models.fused import fused
-from align.models.head import next_token_logps
 from align.progress import Progress
+from align.rollout.choices import choice_logps
 from align.rollout.generation import Sampling, generate
-from align.rollout.inference import evaluating
-from align.rollout.scoring import TOKENS_AT_ONCE, answer_logps
+from align.rollout.scoring import answer_logps
 
 Asked = TypeVar("Asked")
 Found = TypeVar("Found")
@@ -63,6 +59,8 @@ class LocalWriter:
             [self.encoder.reply(request, (Message("assistant", word),)) for word in options] for request in requests
         ]
         fitting = [place for place, pair in enumerate(rows) if max(len(row.ids) for row in pair) <= self.context]
+        if not fitting:
+            return [None] * len(requests)
         pairs = [rows[place] for place in fitting]
         logps = self._first_token_logps(pairs) if all(map(_differ_at_once, pairs)) else self._whole_logps(pairs)
         chances = (logps[:, 0] - logps[:, 1]).double().sigmoid().tolist()
@@ -73,12 +71,7 @@ class LocalWriter:
         """Log-probabilities of both options, (N, 2), where their first tokens tell them apart: one pass for both."""
         prompts = [pair[0].ids[: pair[0].trained.index(True)] for pair in pairs]
         firsts = [[row.ids[row.trained.index(True)] for row in pair] for pair in pairs]
-        logps = torch.zeros(len(pairs), 2)
-        with evaluating(self.model), fused(self.model):
-            for group in micro_batches([len(prompt) for prompt in prompts], TOKENS_AT_ONCE):
-                wanted = torch.tensor([firsts[place] for place in group])
-                logps[group] = next_token_logps(self.model, [prompts[place] for place in group], wanted)
-        return logps
+        return choice_logps(self.model, prompts, firsts)
 
     def _whole_logps(self, pairs: Sequence[Sequence[Encoded]]) -> Tensor:
         """Log-probabilities of both options with their stop tokens, (N, 2)."""
