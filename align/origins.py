@@ -6,17 +6,15 @@ parent, its data, template and judge, and the versions of the libraries whose nu
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import importlib.metadata
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from align.content_ids import content_id
 from align.data.prepare import prepare, source_key
 from align.data.prepared import PreparedData, read_prepared, write_prepared
 from align.errors import AlignError
@@ -30,7 +28,7 @@ from align.recipe.rounds import round_of, written_out
 from align.recipe.settings import ConstitutionSettings, DataSettings, PretrainSettings, Recipe, Stage, TrainingSettings
 from align.recipe_files import RecipeFiles
 from align.registry.artifacts import disk_errors_explained
-from align.registry.hashing import folder_manifest, sha256_json
+from align.registry.hashing import sha256_json
 from align.registry.records import CheckpointRecord, DataRecord, StageData
 
 if TYPE_CHECKING:
@@ -225,6 +223,11 @@ class Workshop:
             self._data_keys[name] = made.key if made else source_key(name, self.sources(), **self._read_by)
         return self._data_keys[name]
 
+    def _data_content(self, name: str) -> str:
+        """What a stage's key has of a data set: of one that a stage made its rows, for a critic may not say the same twice."""
+        made = self._made_data.get(name)
+        return made.id if made else self.data_key(name)
+
     def sources(self) -> dict[str, DataSettings]:
         """Where all data sets come from: those of the recipe, and the files of those that stages have made."""
         made = {name: _settings_of(record) for name, record in self._made_data.items()}
@@ -262,7 +265,7 @@ class Workshop:
             "settings": stage_settings(self.stage(name)),
             "seed": self.seed(name),
             "parent": weights.start.id,
-            "data": {data: self.data_key(data) for data in self.data_names(name)},
+            "data": {data: self._data_content(data) for data in self.data_names(name)},
             "template": self.files.template(template)[0] if template else None,
             "judge": self.files.judge(evaluation.judge)[0] if evaluation.judge else None,
             "evaluation": evaluation.model_dump(mode="json", exclude={"judge", "samples"}),
@@ -324,11 +327,11 @@ class Workshop:
                 needs_weights=scores or not scratch,
             )
         )
-        own = _content_id(Path(source.path), self.registry)
+        own = content_id(Path(source.path), self.registry)
         if source.base is None:
             return Origin(source, own, name)
         source = replace(source, base=located(source.base))
-        base = _content_id(Path(source.root.path), self.registry)  # an adapter is other weights on another base
+        base = content_id(Path(source.root.path), self.registry)  # an adapter is other weights on another base
         return Origin(source, sha256_json([own, base]), name)
 
     def _recorded(self, record: CheckpointRecord) -> Origin:
@@ -370,30 +373,3 @@ def _settings_of(made: DataRecord) -> DataSettings:
 
 def _terms(stage: Stage) -> list[Reward]:
     return [*stage.reward, *stage.watch] if isinstance(stage, PpoSettings) else []
-
-
-def _content_id(folder: Path, registry: Registry) -> str:
-    """Hash of a foreign folder's files. Kept by size and change time of each file, so that a plan does not read gigabytes."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    seen = [[str(file), *_marks(file.stat())] for file in files]
-    kept = registry.home / "cache" / "content-ids" / f"{sha256_json(seen)}.json"
-    if kept.is_file():
-        return str(json.loads(kept.read_text())["id"])
-    try:
-        found = folder_manifest(folder).id
-    except ValueError as error:
-        raise AlignError(f"the model in {folder} cannot be hashed: {error}", "Copy the folder again.") from error
-    with contextlib.suppress(OSError):  # a registry that cannot be written can still be planned with
-        _keep(kept, json.dumps({"id": found}))
-    return found
-
-
-def _keep(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_suffix(f".{os.getpid()}")
-    aside.write_text(text)
-    aside.rename(file)
-
-
-def _marks(status: os.stat_result) -> list[int]:
-    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]

@@ -10,6 +10,7 @@ import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from align.critique.work import seed_of
 from align.data.examples import Preference, Prompt
 from align.data.prepared import read_prepared
 from align.errors import AlignError, Interrupted, StageFailed
+from align.plan import planned_stage
+from align.products import Products
 from align.progress import Progress
-from align.registry.records import DataRecord
+from align.registry.records import DataRecord, StageData
 from align.stopping import signals_handled
 from tests.critique_kit import CRITIQUE, Port, Scripted, brisk_llama, mending, port_in, questions, said, work, workbench
 
@@ -100,6 +103,20 @@ def test_the_stages_after_it_trained_on_its_rows_and_nothing_runs_twice(done: Po
         assert [(use.name, use.id) for use in record.data] == [(f"x.{output}", made(done, output).id)]
         assert record.data[0].rows == len(read_prepared(made(done, output).path).train)
     assert set(done.run().values()) == {"reuse"}
+
+
+def test_other_rows_from_the_same_critique_train_anew_and_the_same_rows_do_not(done: Port) -> None:
+    workshop = done.workshop()
+    products = Products(workshop)
+    planned_stage(workshop, "x", products)
+    weights = workshop.weights("dpo", products.checkpoints)
+    assert weights is not None
+    before = workshop.key("dpo", weights)
+    record = made(done, "preferences")
+    workshop.deliver("x", StageData({"sft": made(done, "sft"), "preferences": record}))
+    assert workshop.key("dpo", weights) == before
+    workshop.deliver("x", StageData({"sft": made(done, "sft"), "preferences": replace(record, id="0" * 64)}))
+    assert workshop.key("dpo", weights) != before
 
 
 def test_the_lineage_leads_through_the_data_to_the_model_that_answered(brisk: Path, tmp_path: Path) -> None:
