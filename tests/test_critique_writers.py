@@ -194,7 +194,7 @@ def test_a_text_critic_asks_in_the_words_of_the_constitution() -> None:
 
 def test_a_judge_finds_what_its_rules_say_and_chooses_exactly(tmp_path: Path) -> None:
     (tmp_path / "judge.yaml").write_text(JUDGE)  # calm: no a; plain: no b; brief: no c
-    judge = JudgeCritic(Judge.load(tmp_path / "judge.yaml"), TextCritic(Scripted(lambda _: "x"), RULES, 8), RULES)
+    judge = JudgeCritic(Judge.load(tmp_path / "judge.yaml"), TextCritic(Scripted(lambda _: "x"), RULES, 8))
     calm = RULES.principles[0]
     told = judge.critiques([Case(said("q"), text, calm) for text in ("a", "b", "o")])
     assert [one.text for one in told if one] == ["It breaks this principle: Keeps calm.", "", ""]

@@ -86,7 +86,6 @@ class JudgeCritic:
 
     judge: Judge
     reviser: Critic
-    constitution: Constitution
 
     def critiques(self, cases: Sequence[Case]) -> list[Written | None]:
         """The title of the principle where it is broken, else nothing."""

@@ -108,7 +108,7 @@ def opened_critic(
         assert writer is not None, "a critic that is no model of its own writes with the policy"
         critic: Critic = TextCritic(writer, parts.constitution, parts.max_new_tokens)
         if isinstance(settings, JudgeCriticSettings):
-            critic = JudgeCritic(parts.judges[settings.file], critic, parts.constitution)
+            critic = JudgeCritic(parts.judges[settings.file], critic)
         yield critic, endpoint
 
 
