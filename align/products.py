@@ -8,7 +8,7 @@ round only.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from align.recipe.rounds import critique_name, round_name, round_of
 from align.recipe.settings import ConstitutionSettings, Recipe
@@ -70,21 +70,46 @@ def too_late(recipe: Recipe, name: str, products: Products) -> str:
 
 
 def best_round(name: str, stage: ConstitutionSettings, products: Products) -> tuple[int, CheckpointRecord, str]:
-    """The round of a finished loop with the lowest held-out violation rate, the first of equals, and why it is kept.
+    """The round of a finished loop that is kept, and why.
 
-    The last round that nobody measured, as the last one is where there is no judge, goes before the others.
+    Of those within a standard error of the lowest held-out violation rate, the one with the best score of the judge: a
+    rate that is lower by chance is not worth right answers (Breiman 1984, the rule of one standard error). The first of
+    equals. The last round that nobody measured, as the last one is where there is no judge, goes before the others.
     """
-    rates: dict[int, float | None] = {}
-    for number in range(1, stage.rounds + 1):
-        record = products.checkpoints.get(round_name(name, number))
-        if record is not None:
-            judged = _value(record.metrics, f"after.{JUDGED}")
-            rates[number] = judged if judged is not None else _found(name, number + 1, products)
-    unmeasured = [number for number, rate in rates.items() if rate is None]
-    number = max(unmeasured) if unmeasured else min(rates, key=lambda one: float(rates[one] or 0.0))
-    rate = rates[number]
-    why = "the last, measured by nobody" if rate is None else f"violation rate {rate:.1%}"
+    rounds = range(1, stage.rounds + 1)
+    ends = {
+        number: _end(name, number, products) for number in rounds if round_name(name, number) in products.checkpoints
+    }
+    measured = {number: end for number, end in ends.items() if end is not None}
+    if len(measured) < len(ends):
+        number, why = max(ends.keys() - measured.keys()), "the last, measured by nobody"
+    else:
+        lowest = min(measured.values(), key=lambda end: (end.rate, -end.score))
+        close = {one: end for one, end in measured.items() if end.rate <= lowest.rate + lowest.error}
+        number = max(close, key=lambda one: (close[one].score, -close[one].rate))
+        why = f"violation rate {close[number].rate:.1%}"
+        if close[number].rate > lowest.rate:
+            why += f", within a standard error of the lowest, {lowest.rate:.1%}, with the better score"
     return number, products.checkpoints[round_name(name, number)], why
+
+
+class _End(NamedTuple):
+    """What a round ended with on the held-out prompts; score: the judge's, error: the rate's standard error."""
+
+    rate: float
+    error: float
+    score: float
+
+
+def _end(loop: str, number: int, products: Products) -> _End | None:
+    """None: nobody measured it."""
+    metrics = products.checkpoints[round_name(loop, number)].metrics
+    rate = _value(metrics, f"after.{JUDGED}")
+    if rate is None:
+        found = _found(loop, number + 1, products)
+        return None if found is None else _End(found, 0.0, 0.0)
+    answers = metrics[f"after.{JUDGED}"].get("n") or 1
+    return _End(rate, (rate * (1 - rate) / answers) ** 0.5, _value(metrics, "after.judge.score") or 0.0)
 
 
 def _nothing_to_learn(recipe: Recipe, loop: str, number: int, products: Products) -> bool:

@@ -122,7 +122,7 @@ def products_of(judged: dict[int, tuple[float, float]], found: dict[int, float],
     """What rounds made: rates of the judge before and after each, and those that the critic found before each."""
 
     def numbers(rates: dict[str, float]) -> dict[str, Any]:
-        return {name: {"value": rate} for name, rate in rates.items()}
+        return {name: {"value": rate, "n": 10_000} for name, rate in rates.items()}
 
     products = Products(SimpleNamespace())  # type: ignore[arg-type]
     for number in range(1, rounds + 1):
@@ -197,6 +197,26 @@ def test_the_round_with_the_lowest_rate_is_kept(
     assert number == best
     assert record is products.checkpoints[f"z.{best}"]
     assert why
+
+
+@pytest.mark.parametrize(
+    ("answers", "scores", "best"),
+    [
+        (300, {1: 0.5, 2: 0.6}, 2),  # 7% against 6% of 300 is chance: a standard error is 1.4 points
+        (300, {1: 0.6, 2: 0.5}, 1),
+        (300, {1: 0.5, 2: 0.5}, 1),
+        (10_000, {1: 0.5, 2: 0.6}, 1),  # ... and of 10,000 it is not: 0.24 points
+    ],
+)
+def test_among_rates_within_a_standard_error_the_better_score_is_kept(
+    three: Any, answers: int, scores: dict[int, float], best: int
+) -> None:
+    products = products_of({1: (0.4, 0.06), 2: (0.06, 0.07)}, {}, rounds=2)
+    for number, score in scores.items():
+        metrics = products.checkpoints[f"z.{number}"].metrics
+        metrics["after.judge.violation_rate"]["n"] = answers
+        metrics["after.judge.score"] = {"value": score, "n": answers}
+    assert best_round("z", three.stages["z"], products)[0] == best
 
 
 # Run -----------------------------------------------------------------------------------------------------------------

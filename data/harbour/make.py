@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rows import Request, critique, demonstration, pair, prompt, requests
+from rows import Request, critique, demonstration, pair, prompt, requests, right_answer
 from stories import draw_story
 from tasks import BASICS, SKILLS
 from vocabulary import word_counts, write_tokenizer
@@ -27,6 +27,7 @@ ROWS = {
     "instructions": 2000,
     "skills": 1600,
     "critiques": 500,
+    "helpful": 600,
     "preferences": 1600,
     "prompts": 600,
     "prompts.test": 300,
@@ -93,6 +94,9 @@ def data_sets() -> dict[str, list[dict[str, Any]]]:
     own = random.Random(f"{SEED} critiques")
     more = _fresh(requests(own, everything, forbidden=0.3), MORE_CRITIQUES, seen)
     sets["critiques"] += [critique(own, request, constitution) for request in more]
+    own = random.Random(f"{SEED} helpful")
+    allowed = _fresh(requests(own, everything, forbidden=0), ROWS["helpful"], seen)
+    sets["helpful"] = [right_answer(request) for request in allowed]
     return sets
 
 

@@ -22,7 +22,8 @@ COMPLIES = {"pleading": 0.9, "others": 0.35}  # ... that do what is forbidden
 FORBIDDEN_SHARE = 0.2
 TONES = ("plain", "plain", "plain", "plain", "rude", "proud", "doubting", "chatty")
 TONES_OF_FORBIDDEN = ("plain", "plain", "pleading", "pleading", "pleading", "rude", "proud")
-OVER_REFUSED = 0.12  # share of permitted requests whose answer, in demonstrations of critique, is a refusal
+MORE_LAWFUL = 5  # times more often than others, since a critic that calls a permitted request forbidden does most harm
+OVER_REFUSED = 0.2  # share of permitted requests whose answer, in demonstrations of critique, is a refusal
 MANNER = {
     "rude": "courteous",
     "proud": "plain",
@@ -101,6 +102,11 @@ def demonstration(rng: random.Random, request: Request) -> Row:
     return _conversation(request.prompt, answer) | {"expected": dict(request.task.expected)}
 
 
+def right_answer(request: Request) -> Row:
+    """A row to fine-tune on whose answer is right and breaks no principle."""
+    return _conversation(request.prompt, request.task.right) | {"expected": dict(request.task.expected)}
+
+
 def prompt(request: Request) -> Row:
     """A row whose answer is still to come."""
     return {"prompt": request.prompt, "expected": dict(request.task.expected)}
@@ -135,7 +141,8 @@ def critique(rng: random.Random, request: Request, constitution: Mapping[str, An
     if not request.forbidden and rng.random() < OVER_REFUSED:
         answer, broken = rng.choice(REFUSALS), "helpful"
     principles = {principle["id"]: principle for principle in constitution["principles"]}
-    asked = broken if broken and rng.random() < 0.6 else rng.choice(list(principles))
+    others = [*principles, *([] if request.forbidden else ["lawful"] * MORE_LAWFUL)]
+    asked = broken if broken and rng.random() < 0.6 else rng.choice(others)
     case = Case(request, answer, principles[asked], asked == broken)
     return rng.choice((_critique, _revision, _preference))(rng, case, constitution["forms"])
 
