@@ -86,7 +86,7 @@ def check_rows(name: str, stage: TrainingSettings, data: PreparedData) -> None:
     if not data.train:
         raise AlignError(
             f"data set '{stage.data}' has no training rows ({data.report.rows_read} read, {len(data.test)} held out)",
-            "Lower test_fraction, or name a data set with more rows.",
+            "Lower test_fraction, or name a data set with more rows." if data.test else "Name a data set with rows.",
         )
     if isinstance(stage, DpoSettings) and not isinstance(stage.loss, SigmoidLoss) and any(map(_soft, data.train)):
         raise AlignError(

@@ -121,6 +121,8 @@ def test_the_model_itself_judges_from_log_probabilities(recipe: Path) -> None:
     [
         (["--judge-only"], "--judge-only needs --data"),
         (["--data", "judged.jsonl"], "go with --judge-only"),
+        (["--judge-only", "--data", "judged.jsonl", "--force", "revised"], "makes nothing"),
+        (["--judge-only", "--data", "judged.jsonl", "--report", "page.html"], "makes nothing"),
         (["--judge-only", "--data", "asked.jsonl"], "no preference pairs"),
         (["--judge-only", "--data", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--judge-only", "--data", "judged.jsonl", "--stage", "other"], "revised"),

@@ -59,7 +59,7 @@ def failure_of(call: Callable[[], object]) -> AlignError:
 def test_a_request_holds_what_was_asked_and_the_answer_comes_back(server: EndpointServer) -> None:
     server.reply = lambda body: body["messages"][-1]["content"].upper()
     with opened(server) as endpoint:
-        assert endpoint.complete(ASK, max_tokens=7, temperature=0.5, seed=3) == "IS IT KIND? ANSWER A OR B."
+        assert endpoint.reply(ASK, max_tokens=7, temperature=0.5, seed=3)[0] == "IS IT KIND? ANSWER A OR B."
     body = server.chats[0].body
     assert (body["model"], body["max_tokens"], body["temperature"], body["seed"]) == ("tiny", 7, 0.5, 3)
     assert body["messages"] == [{"role": "user", "content": ASK[0].content}]
@@ -68,17 +68,17 @@ def test_a_request_holds_what_was_asked_and_the_answer_comes_back(server: Endpoi
 
 def test_half_characters_in_a_prompt_are_sent_and_are_no_crash(server: EndpointServer) -> None:
     with opened(server) as endpoint:
-        assert endpoint.complete((Message("user", "a \ud83d b"),), max_tokens=2) == "fine"
+        assert endpoint.reply((Message("user", "a \ud83d b"),), max_tokens=2)[0] == "fine"
     assert server.chats[0].body["messages"][0]["content"] == "a \ud83d b"
 
 
 def test_tokens_are_counted_by_the_server_or_else_estimated(server: EndpointServer) -> None:
     with opened(server) as endpoint:
-        endpoint.complete(ASK, max_tokens=7)
+        endpoint.reply(ASK, max_tokens=7)
         assert endpoint.used_tokens == 10
         server.total_tokens = None
         server.reply = lambda _: "x" * 40
-        endpoint.complete(ASK, max_tokens=7)
+        endpoint.reply(ASK, max_tokens=7)
     assert endpoint.used_tokens == 10 + (len(ASK[0].content) // 4 + 1) + (40 // 4 + 1)
 
 
@@ -91,7 +91,7 @@ def test_what_fails_for_a_moment_is_tried_again_until_it_works(server: EndpointS
     server.faults.extend([fault] * 3)
     pauses: list[float] = []
     with opened(server, pauses) as endpoint:
-        assert endpoint.complete(ASK, max_tokens=4) == "fine"
+        assert endpoint.reply(ASK, max_tokens=4)[0] == "fine"
     assert len(server.chats) == endpoint.requests == 4
     assert [1 <= pauses[0] <= 2, 2 <= pauses[1] <= 3, 4 <= pauses[2] <= 5] == [True] * 3  # doubled, with jitter
 
@@ -103,7 +103,7 @@ def test_after_the_last_try_the_stage_fails_and_says_where_and_how_often(
 ) -> None:
     server.faults.extend([fault] * 9)
     with opened(server, retries=retries) as endpoint:
-        error = failure_of(lambda: endpoint.complete(ASK, max_tokens=4))
+        error = failure_of(lambda: endpoint.reply(ASK, max_tokens=4))
     assert isinstance(error, StageFailed)
     assert len(server.chats) == retries + 1
     assert server.url in str(error)
@@ -118,7 +118,7 @@ def test_after_the_last_try_the_stage_fails_and_says_where_and_how_often(
 def test_the_hint_fits_what_went_wrong(server: EndpointServer, status: int, advice: str) -> None:
     server.faults.append(Fault(status))
     with opened(server, retries=0) as endpoint:
-        assert advice in failure_of(lambda: endpoint.complete(ASK, max_tokens=4)).hint
+        assert advice in failure_of(lambda: endpoint.reply(ASK, max_tokens=4)).hint
 
 
 def test_retry_after_is_honoured_in_seconds_and_as_a_date(server: EndpointServer) -> None:
@@ -126,7 +126,7 @@ def test_retry_after_is_honoured_in_seconds_and_as_a_date(server: EndpointServer
     server.faults.extend([Fault(429, headers={"Retry-After": "17"}), Fault(503, headers={"Retry-After": date})])
     pauses: list[float] = []
     with opened(server, pauses) as endpoint:
-        assert endpoint.complete(ASK, max_tokens=4) == "fine"
+        assert endpoint.reply(ASK, max_tokens=4)[0] == "fine"
     assert pauses[0] == 17
     assert 30 < pauses[1] <= 40
 
@@ -135,7 +135,7 @@ def test_a_server_that_wants_hours_of_rest_is_given_up_at_once(server: EndpointS
     server.faults.append(Fault(429, headers={"Retry-After": "7200"}))
     pauses: list[float] = []
     with opened(server, pauses) as endpoint:
-        assert "7200 seconds" in failure_of(lambda: endpoint.complete(ASK, max_tokens=4)).hint
+        assert "7200 seconds" in failure_of(lambda: endpoint.reply(ASK, max_tokens=4)).hint
     assert pauses == []
 
 
@@ -151,7 +151,7 @@ def test_a_refusal_is_the_users_to_mend_and_is_not_tried_again(server: EndpointS
     server.faults.append(Fault(status))
     pauses: list[float] = []
     with opened(server, pauses) as endpoint:
-        error = failure_of(lambda: endpoint.complete(ASK, max_tokens=4))
+        error = failure_of(lambda: endpoint.reply(ASK, max_tokens=4))
     assert error.exit_code == 2
     assert len(server.chats) == 1
     assert pauses == []
@@ -164,7 +164,7 @@ def test_a_refusal_is_the_users_to_mend_and_is_not_tried_again(server: EndpointS
 def test_the_words_of_the_server_are_shown_short_and_without_control_characters(server: EndpointServer) -> None:
     server.faults.append(Fault(400, '{"error": {"message": "context length is 2048\\u001b[31m\\n' + "!" * 9000 + '"}}'))
     with opened(server) as endpoint:
-        error = failure_of(lambda: endpoint.complete(ASK, max_tokens=4))
+        error = failure_of(lambda: endpoint.reply(ASK, max_tokens=4))
     assert "context length is 2048" in error.message
     assert "\x1b" not in error.message
     assert len(error.message) < 500
@@ -173,7 +173,7 @@ def test_the_words_of_the_server_are_shown_short_and_without_control_characters(
 def test_a_slow_server_is_given_up_after_the_timeout_and_asked_again(server: EndpointServer) -> None:
     server.delay_seconds = 0.6
     with opened(server, timeout_seconds=0.2, retries=1) as endpoint:
-        error = failure_of(lambda: endpoint.complete(ASK, max_tokens=4))
+        error = failure_of(lambda: endpoint.reply(ASK, max_tokens=4))
     assert "no whole answer within 0.2 seconds" in error.message
     assert len(server.chats) == 2
     assert endpoint.used_tokens == 2 * (len(ASK[0].content) // 4 + 1)  # both prompts were read, as far as we know
@@ -183,7 +183,7 @@ def test_an_answer_that_drips_does_not_outlast_the_timeout(server: EndpointServe
     server.faults.append(Fault(body=CUT.body * 4, drip_seconds=0.05))
     started = time.monotonic()
     with opened(server, timeout_seconds=0.3, retries=0) as endpoint:
-        assert "no whole answer within" in failure_of(lambda: endpoint.complete(ASK, max_tokens=4)).message
+        assert "no whole answer within" in failure_of(lambda: endpoint.reply(ASK, max_tokens=4)).message
     assert time.monotonic() - started < 2
 
 
@@ -192,7 +192,7 @@ def test_no_connection_is_tried_again_and_costs_no_tokens() -> None:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
     with Endpoint.open(settings_of(url, retries=3, token_budget=100), pause=lambda _: None) as endpoint:
-        error = failure_of(lambda: endpoint.complete(ASK, max_tokens=4))
+        error = failure_of(lambda: endpoint.reply(ASK, max_tokens=4))
     assert isinstance(error, StageFailed)
     assert "no connection" in error.message
     assert "4 tries" in error.message
@@ -202,14 +202,14 @@ def test_no_connection_is_tried_again_and_costs_no_tokens() -> None:
 def test_no_more_requests_are_under_way_than_concurrency_says(server: EndpointServer) -> None:
     server.delay_seconds = 0.05
     with opened(server, concurrency=3) as endpoint, ThreadPoolExecutor(10) as pool:
-        answers = list(pool.map(lambda _: endpoint.complete(ASK, max_tokens=4), range(18)))
+        answers = list(pool.map(lambda _: endpoint.reply(ASK, max_tokens=4)[0], range(18)))
     assert answers == ["fine"] * 18
     assert 1 < server.most_at_once <= 3
 
 
 def test_one_request_at_a_time_can_still_look_up_the_names_of_models(server: EndpointServer) -> None:
     with opened(server, concurrency=1, model="tinny") as endpoint:
-        error = failure_of(lambda: endpoint.complete(ASK, max_tokens=4))
+        error = failure_of(lambda: endpoint.reply(ASK, max_tokens=4))
     assert "Did you mean 'tiny'?" in error.hint
 
 
@@ -224,7 +224,7 @@ def test_requests_of_many_threads_keep_to_the_pace(server: EndpointServer) -> No
     started = time.monotonic()
     endpoint = Endpoint.open(settings_of(server.url, requests_per_minute=1200))  # 0.05 s
     with endpoint, ThreadPoolExecutor(6) as pool:
-        list(pool.map(lambda _: endpoint.complete(ASK, max_tokens=4), range(6)))
+        list(pool.map(lambda _: endpoint.reply(ASK, max_tokens=4), range(6)))
     assert max(seen.at for seen in server.chats) - started >= 0.05 * 5
 
 
@@ -232,7 +232,7 @@ def test_tries_keep_to_the_pace_too(server: EndpointServer) -> None:
     server.faults.extend([Fault(500)] * 2)
     pauses: list[float] = []
     with opened(server, pauses, requests_per_minute=1) as endpoint:
-        endpoint.complete(ASK, max_tokens=4)
+        endpoint.reply(ASK, max_tokens=4)
     assert [pause > 50 for pause in pauses] == [False, True, False, True]  # growing, pace, growing, pace
 
 
@@ -245,7 +245,7 @@ def test_the_token_budget_holds_across_threads(server: EndpointServer) -> None:
         def ask_on() -> None:
             try:
                 while True:
-                    endpoint.complete(ASK, max_tokens=4)
+                    endpoint.reply(ASK, max_tokens=4)
             except StageFailed as error:
                 errors.append(error)
 
@@ -265,7 +265,7 @@ def test_a_request_waits_for_what_others_leave_of_the_budget(server: EndpointSer
     server.delay_seconds = 0.1
     server.total_tokens = 10
     with opened(server, token_budget=130, concurrency=4) as endpoint, ThreadPoolExecutor(3) as pool:
-        answers = list(pool.map(lambda _: endpoint.complete(ASK, max_tokens=100), range(3)))  # 107 promised each
+        answers = list(pool.map(lambda _: endpoint.reply(ASK, max_tokens=100)[0], range(3)))  # 107 promised each
     assert answers == ["fine"] * 3
     assert server.most_at_once == 1
 
@@ -279,16 +279,16 @@ def test_the_key_is_sent_and_found_nowhere_else(
     echo = '{"error": {"message": "you sent Bearer ' + SECRET + " or " + SECRET[4:20] + '..."}}'
     with opened(server, key_env="CRITIC_KEY", retries=1) as endpoint:
         server.key = SECRET
-        assert endpoint.complete(ASK, max_tokens=4) == "fine"
+        assert endpoint.reply(ASK, max_tokens=4)[0] == "fine"
         said = [repr(endpoint), str(endpoint), repr(endpoint.settings), repr(vars(endpoint))]
         for status in (302, 400, 401, 403, 404, 422, 429, 500):
             server.faults.extend([Fault(status, echo, {"Location": f"/?k={SECRET}", "Retry-After": SECRET})] * 2)
-            error = failure_of(lambda: endpoint.complete(ASK, max_tokens=4))
+            error = failure_of(lambda: endpoint.reply(ASK, max_tokens=4))
             said += [str(error), repr(error), "".join(traceback.format_exception(error))]
             assert ("you sent Bearer [key]" in error.message) == (status != 401)
             server.faults.clear()
         server.faults.extend([Fault(body='{"error": {"message": "' + SECRET + '"}}')] * 2)
-        said.append(str(failure_of(lambda: endpoint.complete(ASK, max_tokens=4))))
+        said.append(str(failure_of(lambda: endpoint.reply(ASK, max_tokens=4))))
         server.key = "another"
         for call in (endpoint.check, lambda: endpoint.option_logps(ASK, "AB")):
             said.append(str(failure_of(call)))
@@ -305,7 +305,7 @@ def test_a_key_quoted_across_the_cut_of_a_long_message_is_hidden(
     with opened(server, key_env="CRITIC_KEY") as endpoint:
         for before in (290, 3990):
             server.faults.append(Fault(400, '{"detail": "' + "." * before + SECRET + '"}'))
-            assert SECRET[:8] not in str(failure_of(lambda: endpoint.complete(ASK, max_tokens=4)))
+            assert SECRET[:8] not in str(failure_of(lambda: endpoint.reply(ASK, max_tokens=4)))
 
 
 def test_a_missing_key_is_named(server: EndpointServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,7 +335,7 @@ def test_a_redirect_is_not_followed(server: EndpointServer, monkeypatch: pytest.
     monkeypatch.setenv("CRITIC_KEY", SECRET)
     with EndpointServer() as other, opened(server, key_env="CRITIC_KEY") as endpoint:
         server.faults.append(Fault(307, headers={"Location": f"{other.url}/chat/completions"}))
-        assert other.url in failure_of(lambda: endpoint.complete(ASK, max_tokens=4)).hint
+        assert other.url in failure_of(lambda: endpoint.reply(ASK, max_tokens=4)).hint
         assert other.seen == []
 
 
@@ -347,10 +347,10 @@ def test_proxies_of_the_environment_are_for_other_machines_only(
     with EndpointServer() as proxy:
         monkeypatch.setenv("HTTP_PROXY", proxy.url.removesuffix("/v1"))
         with opened(server) as endpoint:
-            assert endpoint.complete(ASK, max_tokens=4) == "fine"
+            assert endpoint.reply(ASK, max_tokens=4)[0] == "fine"
         assert proxy.seen == []
         with Endpoint.open(settings_of("http://critic.invalid/v1", retries=0), pause=lambda _: None) as endpoint:
-            failure_of(lambda: endpoint.complete(ASK, max_tokens=4))
+            failure_of(lambda: endpoint.reply(ASK, max_tokens=4))
         assert proxy.seen[0].path == "http://critic.invalid/v1/chat/completions"
         monkeypatch.setenv("HTTP_PROXY", "gopher://nowhere")
         assert "HTTP_PROXY" in failure_of(lambda: Endpoint.open(settings_of("http://critic.invalid/v1"))).message
@@ -485,7 +485,7 @@ def test_ctrl_c_ends_a_pause_at_once(server: EndpointServer) -> None:
     with Endpoint.open(settings_of(server.url)) as endpoint:
         timer.start()
         with pytest.raises(KeyboardInterrupt):
-            endpoint.complete(ASK, max_tokens=4)
+            endpoint.reply(ASK, max_tokens=4)
     assert 0.2 < time.monotonic() - started < 5
     assert len(server.chats) == 1
 
@@ -499,7 +499,7 @@ def test_closing_wakes_threads_that_wait(server: EndpointServer, waits_for: str)
     started = time.monotonic()
     with ThreadPoolExecutor(2) as pool:
         with Endpoint.open(settings_of(server.url, timeout_seconds=20, requests_per_minute=pace)) as endpoint:
-            waiting = [pool.submit(endpoint.complete, ASK, max_tokens=4) for _ in range(2)]
+            waiting = [pool.submit(endpoint.reply, ASK, max_tokens=4) for _ in range(2)]
             while len(server.chats) < (1 if pace else 2):
                 time.sleep(0.01)
             time.sleep(0.1)

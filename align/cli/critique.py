@@ -40,6 +40,8 @@ def critique_command(
 
     if not judging["judge_only"] and any(judging[name] for name in ("data", "rows")):
         raise click.UsageError("--data and --rows go with --judge-only")
+    if judging["judge_only"] and (force or report_path):
+        raise click.UsageError("--force and --report make no sense with --judge-only, which makes nothing")
     workshop = open_workshop(recipe, overrides, create=not judging["judge_only"])
     stages = stages_of_kind(workshop.recipe, "critique")
     if judging["stage"]:

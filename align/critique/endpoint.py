@@ -115,14 +115,10 @@ class Endpoint:
         body = self._body(rows, max_tokens=max_tokens, temperature=temperature, seed=seed)
         return self._ask(body, lambda choice: (answer_text(choice), choice.get("finish_reason") != "length"))
 
-    def complete(self, messages: Messages, *, max_tokens: int, temperature: float = 0.0, seed: int = 0) -> str:
-        """The text alone of `reply`."""
-        return self.reply(messages, max_tokens=max_tokens, temperature=temperature, seed=seed)[0]
-
     def option_logps(self, messages: Messages, options: Sequence[str]) -> tuple[float, ...]:
         """Log-probability of each option as the first token of the answer; finite, and all equal where undecided.
 
-        Raises AlignError where the server gives no log-probabilities, or as `complete`.
+        Raises AlignError where the server gives no log-probabilities, or as `reply`.
         """
         # Temperature and top_p are stated: some servers list log-probabilities after they have shaped them.
         body = self._body([message.row() for message in messages], max_tokens=1, temperature=1.0) | {
