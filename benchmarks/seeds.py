@@ -3,7 +3,7 @@
     python benchmarks/seeds.py --seeds 5 --out docs/harbour.md
 
 Runs recipes/quickstart.yaml once for each seed, in registries of their own, and writes a table: before -> after, by stage and
-seed, each with the seconds it took. The base model is the same for all; the seed governs heads, adapters and the order
+seed. The base model is the same for all; the seed governs heads, adapters and the order
 of rows.
 """
 
@@ -15,7 +15,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -45,7 +44,9 @@ pretrained on that from nothing (`make base`), and its clerk is then taught to a
 - The judge (`judge.yaml`, rules that `align/judge.py` reads) is exact, because every answer in this world is made by
   rules. The gold score of an answer is 1 when it is right and breaks no principle, and 0 when it is wrong.
 - The constitution's critic is the model itself, which has seen 2,700 demonstrations of finding fault and mending
-  (`critiques.jsonl`). The judge only measures it.
+  (`critiques.jsonl`). The judge measures it, and says which of the rounds is kept. What a round writes is mixed with right
+  answers to other permitted questions (`helpful.jsonl`), half and half: against forgetting, and against refusing. These
+  settings were chosen on seeds 0 and 1; the others were run once, afterwards.
 
 Every stage is held against its parent on the same 300 held-out questions (the reward model on held-out pairs, against
 its untrained head). Made by `python benchmarks/seeds.py --seeds 5 --out docs/harbour.md`, one processor core for each chain:
@@ -57,7 +58,6 @@ class Result:
     """The chain of one seed."""
 
     seed: int
-    seconds: float
     metrics: dict[str, dict[str, Any]]
 
     def loop(self, name: str) -> tuple[float, float]:
@@ -102,17 +102,15 @@ def run(seed: int, home: str) -> Result:
         "--set",
         f"name=seed-{seed}",
     ]
-    start = time.perf_counter()
     done = subprocess.run(
         [Path(sys.executable).with_name("align"), *command[1:]], cwd=ROOT, check=True, stdout=subprocess.PIPE,
         env=os.environ | {"ALIGN_HOME": home},
     )  # fmt: skip
-    seconds = time.perf_counter() - start
     chain = {entry["stage"]: entry.get("checkpoint") or entry.get("data") for entry in json.loads(done.stdout)}
     numbers = {
         name: made.get("metrics") or made["sft"]["info"]["stage"]["metrics"] for name, made in chain.items() if made
     }
-    return Result(seed, seconds, numbers)
+    return Result(seed, numbers)
 
 
 def page(results: Sequence[Result]) -> str:
@@ -138,8 +136,6 @@ def page(results: Sequence[Result]) -> str:
         ", ".join(a["guard"] for a in result.metrics["policy"]["guards"]) or "none" for result in results
     )
     lines.append(f"| policy | guards raised | {guards} | |")
-    seconds = " | ".join(f"{result.seconds:.0f} s" for result in results)
-    lines.append(f"| all | wall time, start-up included | {seconds} | |")
     return "\n".join(lines) + "\n"
 
 
