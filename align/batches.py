@@ -42,12 +42,30 @@ def pad(rows: Sequence[Encoded], pad_id: int) -> Batch:
     return Batch(input_ids, attention_mask, trained)
 
 
-def micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices of rows in groups whose padded size (rows x longest) is within `budget` tokens, longest group first.
+def micro_batches(lengths: Sequence[int], budget: int, *, padded: bool = True) -> list[list[int]]:
+    """Indices of rows in groups that are within `budget` tokens. Each index occurs exactly once.
 
-    Rows of like length stand together, so little is padding; equal lengths keep their order. A row that is longer than
-    the budget is a group of its own. Each index occurs exactly once.
+    padded: a group's size is rows x longest. Rows of like length stand together, so little is padding, longest group
+    first; equal lengths keep their order. Else its size is the tokens of its rows, and all keep their order. A row that
+    is longer than the budget is a group of its own.
     """
+    return _of_like_length(lengths, budget) if padded else _in_order(lengths, budget)
+
+
+def _in_order(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    groups: list[list[int]] = []
+    left = 0
+    for index, length in enumerate(lengths):
+        if groups and length <= left:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+            left = budget
+        left -= length
+    return groups
+
+
+def _of_like_length(lengths: Sequence[int], budget: int) -> list[list[int]]:
     groups: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= budget:

@@ -45,6 +45,21 @@ def test_a_row_above_the_budget_is_alone_and_the_rest_are_grouped_by_length() ->
     assert micro_batches([2, 50, 3, 2, 3], 9) == [[1], [2, 4, 0], [3]]
 
 
+@given(LENGTHS, st.integers(1, 200))
+def test_without_padding_real_tokens_fill_the_budget_and_rows_keep_their_order(lengths: list[int], budget: int) -> None:
+    groups = micro_batches(lengths, budget, padded=False)
+    assert [index for group in groups for index in group] == list(range(len(lengths)))
+    sizes = [sum(lengths[index] for index in group) for group in groups]
+    assert all(size <= budget or len(group) == 1 for size, group in zip(sizes, groups, strict=True))
+    assert all(size + lengths[after[0]] > budget for size, after in zip(sizes, groups[1:]))  # no group could hold more
+
+
+def test_without_padding_one_long_row_takes_no_room_from_the_others() -> None:
+    assert micro_batches([2, 50, 3, 2, 3], 60, padded=False) == [[0, 1, 2, 3, 4]]
+    assert len(micro_batches([2, 50, 3, 2, 3], 60)) == 2
+    assert micro_batches([2, 50, 3, 2, 3], 9, padded=False) == [[0], [1], [2, 3, 4]]
+
+
 def test_padding_is_little_where_lengths_differ() -> None:
     lengths = [1 + (i * 37) % 100 for i in range(200)]
     padded = sum(len(g) * max(lengths[i] for i in g) for g in micro_batches(lengths, 1000))

@@ -46,9 +46,8 @@ def target_logps(
 
 def next_token_logps(model: nn.Module, rows: Sequence[Sequence[int]], targets: Tensor) -> Tensor:
     """Log-probabilities (N, K), float32, of `targets` (N, K) as the next token after each of N rows."""
-    ends = torch.tensor([len(row) for row in rows]).cumsum(0) - 1
-    hidden = hidden_states(model, rows)
-    states = hidden[ends.to(hidden.device)]
+    ends = torch.tensor([len(row) for row in rows], device=next(model.parameters()).device).cumsum(0) - 1
+    states = hidden_states(model, rows, ends)
     vocabulary = int(inner_model(model).get_output_embeddings().weight.shape[0])
     parts = zip(_chunks(states, vocabulary), _chunks(targets.to(states.device), vocabulary), strict=True)
     found = [_logits(model, some).float().log_softmax(-1).gather(1, wanted) for some, wanted in parts]

@@ -19,7 +19,7 @@ from align.chat.encoded import Encoded
 from align.errors import AlignError
 from align.losses import token_logps
 from align.models.head import check_head, target_logps
-from align.models.trunk import hidden_states, inner_model
+from align.models.trunk import hidden_states, inner_model, needs_no_padding
 
 PAD_ID = 0  # any id will do: the attention mask hides it
 _lean: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -50,8 +50,8 @@ def trained_logps(model: nn.Module, rows: Sequence[Encoded]) -> TrainedLogps:
         before += [start + at - 1 for at in labels]
         targets += [row.ids[at] for at in labels]
         start += len(row.ids)
-    hidden = hidden_states(model, [row.ids for row in rows])
-    states = hidden[torch.tensor(before, dtype=torch.long, device=hidden.device)]
+    places = torch.tensor(before, dtype=torch.long, device=place)
+    states = hidden_states(model, [row.ids for row in rows], places)
     logps, _ = target_logps(model, states, torch.tensor(targets, dtype=torch.long, device=place))
     return TrainedLogps(logps, row_of, len(rows))
 
@@ -62,6 +62,17 @@ def is_lean(model: nn.Module) -> bool:
     if inner not in _lean:
         _lean[inner] = _fits(model)
     return _lean[inner] and not getattr(model, "neftune_noise_alpha", None) and not _has_noise(inner)
+
+
+def is_padded(model: nn.Module) -> bool:
+    """Whether rows go through this model padded to the longest, so that a batch costs rows x longest and not its tokens.
+
+    model: a language model, a classifier, or the roles of ppo, whose policy counts.
+    """
+    model = getattr(model, "policy", model)
+    if not needs_no_padding(model):
+        return True
+    return inner_model(model).get_output_embeddings() is not None and not is_lean(model)
 
 
 def _fits(model: nn.Module) -> bool:

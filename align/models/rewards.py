@@ -52,12 +52,17 @@ def reward_scores(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def row_rewards(model: nn.Module, rows: Sequence[Sequence[int]]) -> Tensor:
-    """Rewards of rows of token ids, (B,), float32: as `reward_scores`, without padding where the architecture allows it."""
+    """Rewards of rows of token ids, (B,), float32: as `reward_scores`, without padding where the architecture allows it.
+
+    Raises ValueError for a row without tokens.
+    """
+    if not all(rows):
+        raise ValueError("a row without tokens has no reward")
     classifier: Any = inner_model(model)
-    hidden = hidden_states(model, rows)
-    ends = torch.tensor([len(row) for row in rows], device=hidden.device).cumsum(0) - 1
+    ends = torch.tensor([len(row) for row in rows], device=next(model.parameters()).device).cumsum(0) - 1
+    hidden = hidden_states(model, rows, ends)
     with torch.autocast(hidden.device.type, enabled=False):
-        scores: Tensor = classifier.score(hidden[ends].float()).float()
+        scores: Tensor = classifier.score(hidden.float()).float()
     return scores.squeeze(-1)
 
 

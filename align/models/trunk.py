@@ -1,13 +1,14 @@
 """Rows through a model's trunk without padding: one row after the other, each attending to itself alone.
 
-All matrix products see the real tokens and nothing else. Attention goes document by document; transformers lets a
-function of ours stand in for its own. Where an architecture does not let it (its layers keep a state, or the model is on
-an accelerator, where many small kernels are slow), the rows are padded and the padding is taken out again.
+All matrix products see the real tokens and nothing else, and what rows begin with alike only once (layout.py). Attention
+goes document by document; transformers lets a function of ours stand in for its own. Where an architecture does not let
+it (its layers keep a state, or the model is on an accelerator, where many small kernels are slow), the rows are padded
+and the padding is taken out again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -17,29 +18,45 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from align.models.layout import Layout
+
 NAME = "align_documents"
 WITH_SINKS = {"gpt_oss"}  # attention with learnt sinks, which SDPA does not have
 WHOLE_LAYERS = {"full_attention", "sliding_attention"}  # layer types that hold no state besides keys and values
 
 
-def hidden_states(model: nn.Module, rows: Sequence[Sequence[int]]) -> Tensor:
+def hidden_states(model: nn.Module, rows: Sequence[Sequence[int]], at: Tensor | None = None) -> Tensor:
     """The trunk's last hidden state of every token of every row, (N, H), rows one after the other.
 
-    model: a causal language model or a classifier, adapters and all. A row must not be empty.
+    model: a causal language model or a classifier, adapters and all. A row must not be empty. at: places (M,) among the N
+    where only those are wanted, (M, H). A beginning that rows share is computed once, and the gradients of all of them
+    go through it. So where dropout is active they share its mask there: each row's expectation stays what it was, and
+    what differs between rows differs less by chance.
     """
     trunk = trunk_of(model)
-    lengths = [len(row) for row in rows]
-    place = next(model.parameters()).device
-    if place.type != "cpu" or not attends_by_document(model):
-        return _padded(trunk, rows, place)
-    ids = torch.tensor([[token for row in rows for token in row]], device=place)
-    positions = torch.cat([torch.arange(length) for length in lengths])[None].to(place)
+    hidden: Tensor
+    if not needs_no_padding(model):
+        hidden = _padded(trunk, rows, next(model.parameters()).device)
+        return hidden if at is None else hidden.index_select(0, at)
+    layout = Layout.of(rows)
     trunk.config._attn_implementation = NAME  # for good: checkpointed layers run once more in the backward pass
-    no_mask = torch.ones(
-        (1, 1, 1, 1), dtype=torch.bool, device=place
-    )  # four dimensions: transformers makes none itself
-    output = trunk(input_ids=ids, position_ids=positions, attention_mask=no_mask, use_cache=False, documents=lengths)
-    return cast(Tensor, output.last_hidden_state[0])
+    output = trunk(
+        input_ids=torch.tensor([layout.ids]),
+        position_ids=torch.tensor([layout.positions]),
+        attention_mask=torch.ones((1, 1, 1, 1), dtype=torch.bool),  # four dimensions: transformers makes none itself
+        use_cache=False,
+        documents=layout,
+    )
+    hidden = output.last_hidden_state[0]
+    if layout.shares:
+        places = torch.tensor(layout.places)
+        at = places if at is None else places[at]
+    return hidden if at is None else hidden.index_select(0, at)
+
+
+def needs_no_padding(model: nn.Module) -> bool:
+    """Whether rows go through this model's trunk one after the other: a batch costs its tokens, not rows x longest."""
+    return next(model.parameters()).device.type == "cpu" and attends_by_document(model)
 
 
 def trunk_of(model: nn.Module) -> Any:
@@ -68,27 +85,29 @@ def document_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    documents: Sequence[int] | None = None,
+    documents: Layout | None = None,
     **more: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each document; transformers' own SDPA where no documents are given.
 
-    query: (1, heads, N, D), key and value alike; documents: their lengths, N together. Returns (1, N, heads, D).
+    query: (1, heads, N, D), key and value alike. Returns (1, N, heads, D). In float32 whatever comes: in bfloat16 SDPA is
+    slower than that on a CPU.
     """
     if documents is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **more)  # type: ignore[no-any-return]
+    how = {"scale": more.get("scaling"), "enable_gqa": query.shape[1] != key.shape[1]}
+    width = more.get("sliding_window") or None
+    parts = (torch.split(tensor.float(), documents.lengths, dim=2) for tensor in (query, key, value))
+    pieces = zip(*parts, strict=True)  # one split: a slice for each piece would make the backward pass slower
     outputs = []
-    parts = (torch.split(tensor, list(documents), dim=2) for tensor in (query, key, value))
-    width = more.get("sliding_window")
-    for q, k, v in zip(*parts, strict=True):
-        length = q.shape[2]
-        window = _window(length, width, q.device) if width and length > width else None
-        outputs.append(
-            F.scaled_dot_product_attention(  # in float32: in bfloat16 it is slower than that on a CPU
-                q.float(), k.float(), v.float(), window, is_causal=window is None, scale=more.get("scaling"),
-                enable_gqa=q.shape[1] != k.shape[1],
-            )
-        )  # fmt: skip
+    for block in documents.blocks:
+        q, k, v = next(pieces)
+        outputs.append(_attend(q, k, v, documents.mask(0, block.first, width), how))
+        first_k, first_v = k[:, :, : block.beginning], v[:, :, : block.beginning]
+        for rest in block.rests:
+            q, k, v = next(pieces)
+            mask = documents.mask(block.beginning, rest, width)
+            outputs.append(_attend(q, torch.cat([first_k, k], dim=2), torch.cat([first_v, v], dim=2), mask, how))
     return torch.cat(outputs, dim=2).to(query.dtype).transpose(1, 2).contiguous(), None
 
 
@@ -96,11 +115,8 @@ AttentionInterface.register(NAME, document_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def _window(length: int, width: int, place: torch.device) -> Tensor:
-    """Which tokens see which, (length, length) bool: themselves and the width - 1 before them."""
-    here = torch.arange(length, device=place)
-    distance = here[:, None] - here[None]
-    return (distance >= 0) & (distance < width)
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, how: Mapping[str, Any]) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, **how)
 
 
 def _padded(trunk: Any, rows: Sequence[Sequence[int]], place: torch.device) -> Tensor:

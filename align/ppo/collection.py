@@ -32,6 +32,7 @@ from align.advantages import (
 from align.batches import micro_batches
 from align.data.examples import prompt_of
 from align.models.head import target_logps
+from align.models.logps import is_padded
 from align.models.roles import Roles
 from align.models.trunk import hidden_states
 from align.ppo.prompts import EncodedPrompt, prompts_of_round
@@ -128,7 +129,7 @@ class Collector:
         tables = [torch.zeros(len(responses), width) for _ in Look._fields]
         lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
         with evaluating(roles):
-            for group in micro_batches(lengths, self.settings.batch_tokens):
+            for group in micro_batches(lengths, self.settings.batch_tokens, padded=is_padded(roles)):
                 tokens = Tokens.of([prompts[i] for i in group], [responses[i] for i in group], device_of(roles.policy))
                 for table, column in zip(tables, _looked(roles, tokens, self.settings.temperature), strict=True):
                     table[group, : column.shape[1]] = column.float().cpu()

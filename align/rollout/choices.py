@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from align.batches import micro_batches
 from align.models.fused import fused
 from align.models.head import next_token_logps
+from align.models.logps import is_padded
 from align.rollout import refill
 from align.rollout.generation import TOKENS_AT_ONCE
 from align.rollout.inference import evaluating
@@ -28,7 +29,9 @@ def choice_logps(model: nn.Module, prompts: Sequence[Sequence[int]], tokens: Seq
         if refill.suits(model) and _saved(rows) >= WORTHWHILE * sum(map(len, prompts)):
             return _after_shared_beginnings(model, rows, wanted)
         found = torch.zeros(wanted.shape)
-        for group in micro_batches([len(prompt) for prompt in prompts], READ_AT_ONCE):
+        order = sorted(range(len(prompts)), key=lambda number: list(prompts[number]))  # like beginnings side by side
+        for cut in micro_batches([len(prompts[number]) for number in order], READ_AT_ONCE, padded=is_padded(model)):
+            group = [order[place] for place in cut]
             some = [prompts[place] for place in group]
             found[group] = next_token_logps(model, some, wanted[group]).cpu()
     return found

@@ -1,6 +1,7 @@
 """What a model thinks of given texts: log-probabilities of their trained tokens, or rewards. No numbers about them.
 
-Rows go through in batches of like length; results come in the rows' order, on the CPU, the same for every batching.
+Rows go through in batches: side by side what begins alike, so that the model reads it once, or, where it needs padding, what
+is of like length. Results come in the rows' order, on the CPU, the same for every batching.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from torch import Tensor, nn
 
 from align.batches import micro_batches, pad
 from align.chat.encoded import Encoded, EncodedPair
-from align.models.logps import PAD_ID, TrainedLogps, is_lean, trained_logps
-from align.models.rewards import reward_scores
+from align.models.logps import PAD_ID, TrainedLogps, is_lean, is_padded, trained_logps
+from align.models.rewards import reward_scores, row_rewards
 from align.preference_losses import Pair
 from align.progress import Progress
 from align.rollout.inference import device_of, evaluating
 
-TOKENS_AT_ONCE = 8192  # padding included
+TOKENS_AT_ONCE = 8192  # padding included, where there is any
 LOGITS_AT_ONCE = 2**27  # numbers, where all logits are made; 512 MB in float32
 
 
@@ -59,7 +60,9 @@ def rewards(model: nn.Module, rows: Sequence[Encoded], *, progress: Progress | N
     """Rewards of a reward model, (N,), float64."""
 
     def score(some: Sequence[Encoded]) -> Tensor:
-        return reward_scores(model, pad(some, PAD_ID).to(device_of(model)))
+        if is_padded(model):
+            return reward_scores(model, pad(some, PAD_ID).to(device_of(model)))
+        return row_rewards(model, [row.ids for row in some])
 
     return _in_batches(model, rows, score, TOKENS_AT_ONCE, progress)
 
@@ -82,10 +85,12 @@ def _in_batches(
     progress: Progress | None,
 ) -> Tensor:
     found = torch.zeros(len(rows), dtype=torch.float64)
+    order = sorted(range(len(rows)), key=lambda index: rows[index].ids)
     with (progress or Progress()).bar("evaluate", len(rows)) as bar, evaluating(model):
-        for group in micro_batches([len(row.ids) for row in rows], budget):
-            some = [rows[index] for index in group]
-            found[group] = score(some).double().cpu()
+        for group in micro_batches([len(rows[index].ids) for index in order], budget, padded=is_padded(model)):
+            indices = [order[place] for place in group]
+            some = [rows[index] for index in indices]
+            found[indices] = score(some).double().cpu()
             bar.advance(len(group), tokens=sum(len(row.ids) for row in some))
     return found
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from align.batches import micro_batches
 from align.chat.encoded import Encoded, EncodedPair
 from align.losses import bradley_terry_loss, nll_sum
-from align.models.logps import trained_logps
+from align.models.logps import is_padded, trained_logps
 from align.models.rewards import row_rewards
 from align.objective import Objective
 from align.preference_losses import (
@@ -184,7 +184,8 @@ class RatedLoss(Objective):
         """The rows as they are. Baseline of this step: the KL estimate of all their mismatched replies together."""
         logps = torch.zeros(len(rows))
         with torch.no_grad():
-            for group in micro_batches([len(row.mismatched.ids) for row in rows], self.batch_tokens):
+            lengths = [len(row.mismatched.ids) for row in rows]
+            for group in micro_batches(lengths, self.batch_tokens, padded=is_padded(model)):
                 logps[group] = trained_logps(model, [rows[i].mismatched for i in group]).sums().cpu()
         self.kl = kto_kl(logps, _column([row.mismatched_reference for row in rows], logps))
         return rows
