@@ -8,7 +8,7 @@ RECIPE ?= recipes/quickstart.yaml
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check merge-adapter base clean
+.PHONY: help setup demo test test-all check bench merge-adapter base clean
 
 help: ## list what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -35,6 +35,9 @@ check: setup ## format, lint and types
 	@$(BIN)/ruff format --check align tests data benchmarks
 	@$(BIN)/ruff check align tests data benchmarks
 	@$(BIN)/mypy
+
+bench: setup ## beside TRL and transformers on the same work, into docs/performance.md (a quiet machine, an hour); ONLY=sft,dpo for some rows
+	@$(BIN)/python benchmarks/bench.py $(if $(ONLY),--only $(ONLY)) --out docs/performance.md
 
 merge-adapter: setup ## merge an adapter into its base: CHECKPOINT=harbour/adapter OUT=build/merged
 	@$(BIN)/align merge $(CHECKPOINT) --out $(OUT)

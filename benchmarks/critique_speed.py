@@ -1,11 +1,11 @@
 """Rows per second of the critique stage beside plain transformers `generate`, one request at a time and in batches of 16.
 
-    ALIGN_SHARED=FOLDER python benchmarks/critique_speed.py --out docs/critique-speed.md
+    python benchmarks/critique_speed.py --out docs/critique-speed.md
 
 Each row is an answer (sampled), a critique and a revision (greedy) in the words of a constitution. All sides run the
 stage's own code and differ in the writer alone. Reply lengths are drawn once, and every side is made to keep to them; no
 critique counts as "nothing found", so that all sides answer the same number of requests. The sides take turns, in
-processes of their own on one thread. The shape comes from the folder that ALIGN_SHARED names.
+processes of their own on one thread.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from peers.work import SHAPES, model_folder, prompt_rows
 
 ROOT = Path(__file__).parents[1]
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**26)}
@@ -82,10 +84,10 @@ def main() -> None:
     sys.stdout.write(text)
 
 
-def compare(name: str, turns: int) -> dict[str, list[dict[str, Any]]]:
-    """Results of every side, turn by turn."""
+def compare(name: str, turns: int, rows: int | None = None) -> dict[str, list[dict[str, Any]]]:
+    """Results of every side, turn by turn. rows: fewer than the load has."""
     load = LOADS[name]
-    rows = load.rows
+    rows = rows or load.rows
     model, prompts = material(name, rows)
     draw = random.Random(1)
     lengths = [
@@ -113,11 +115,8 @@ def material(name: str, rows: int) -> tuple[str, list[str]]:
     if name == "harbour":
         lines = (ROOT / "data/harbour/prompts.jsonl").read_text(encoding="utf-8").splitlines()[:rows]
         return str(ROOT / "data/harbour/base"), [json.loads(line)["prompt"] for line in lines]
-    from rollouts import shared_shapes
-
-    peers = shared_shapes()
-    ids = peers.prompt_rows(rows, peers.SHAPES[name]["vocab_size"])
-    return peers.model_folder(name), [" ".join(f"w{token}" for token in row) for row in ids]
+    ids = prompt_rows(rows, SHAPES[name]["vocab_size"])
+    return model_folder(name), [" ".join(f"w{token}" for token in row) for row in ids]
 
 
 def run_side(side: str, work: Path) -> dict[str, Any]:

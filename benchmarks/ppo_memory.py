@@ -19,9 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from ppo_peer import shared_shapes
+from peers.work import SHAPES, model_folder, prompt_rows
 
 BASES = {"full precision": None, "nf4": "nf4"}
 RESPONSE, ROWS, TOKENS_AT_ONCE = 48, 32, 2048
@@ -101,9 +99,8 @@ def measured(what: str, shape: str, base: str) -> dict[str, float]:
     from align.trainer import train
 
     libraries = peak()
-    peers = shared_shapes()
-    folder = peers.model_folder(shape)
-    rows = [ids[:64] for ids in peers.prompt_rows(ROWS, peers.SHAPES[shape]["vocab_size"])]
+    folder = model_folder(shape)
+    rows = [ids[:64] for ids in prompt_rows(ROWS, SHAPES[shape]["vocab_size"])]
     with tempfile.TemporaryDirectory() as work:
         task, progress = (sft_task if what == "sft" else ppo_task)(
             folder, rows, Path(work), AdapterSettings(rank=16), BASES[base]

@@ -11,7 +11,6 @@ the process, libraries included.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import platform
@@ -23,10 +22,12 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+from peers.work import SHAPES, model_folder, prompt_rows
+
 ROOT = Path(__file__).parents[1]
+PEER = "TRL 1.12.0"
 WAYS: dict[str, dict[str, Any]] = {
     "four models": {"value": "model"},
     "value head on the policy's trunk": {"value": "trunk"},
@@ -65,13 +66,12 @@ def main() -> None:
     if options.ours:
         sys.stdout.write("RESULT " + json.dumps(run_ours(options)) + "\n")
         return
-    peers = shared_shapes()
     with tempfile.TemporaryDirectory() as folder:
         prompts = Path(folder) / "prompts.json"
-        rows = peers.prompt_rows(options.batch * options.iterations, peers.SHAPES[options.shape]["vocab_size"])
+        rows = prompt_rows(options.batch * options.iterations, SHAPES[options.shape]["vocab_size"])
         prompts.write_text(json.dumps(rows))
         options.prompts = str(prompts)
-        text = page(options, compare(options, peers.model_folder(options.shape)))
+        text = page(options, compare(options, model_folder(options.shape)))
     if options.out:
         options.out.write_text(text, encoding="utf-8")
     sys.stdout.write(text)
@@ -84,7 +84,7 @@ def compare(options: argparse.Namespace, model: str) -> dict[str, list[dict[str,
     work += ["--bf16"] if options.bf16 else []
     sides: dict[str, list[str]] = {}
     if options.peer:
-        sides["TRL 1.12.0"] = [str(options.peer), str(ROOT / "benchmarks/peers/trl_ppo.py"), "--model", model, *work]
+        sides[PEER] = [str(options.peer), str(ROOT / "benchmarks/peers/trl_ppo.py"), "--model", model, *work]
     for way in options.ways:
         sides[f"align, {way}"] = [sys.executable, __file__, "--ours", way, "--shape", options.shape, *work]
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
@@ -127,7 +127,7 @@ def run_ours(options: argparse.Namespace) -> dict[str, Any]:
         "precision": precision, "learning_rate": 1e-5, "schedule": "linear", "warmup": 0.0, "log_steps": options.epochs,
         "missing_stop_penalty": 0.0, **WAYS[options.ours],
     })  # fmt: skip
-    source = source_of(shared_shapes().model_folder(options.shape))
+    source = source_of(model_folder(options.shape))
     tokenizer = load_tokenizer(source)
     heard = _listener()
     with tempfile.TemporaryDirectory() as work:
@@ -196,7 +196,7 @@ def _listener() -> Any:
 
 def page(options: argparse.Namespace, found: dict[str, list[dict[str, Any]]]) -> str:
     """The table as Markdown."""
-    peer = found.get("TRL 1.12.0")
+    peer = found.get(PEER)
     lines = [
         *INTRODUCTION,
         f"PPO, {options.shape}, {options.batch} prompts, {options.response} new tokens, {options.epochs} epochs, "
@@ -222,17 +222,6 @@ def page(options: argparse.Namespace, found: dict[str, list[dict[str, Any]]]) ->
 
 def _median(results: Sequence[dict[str, Any]], name: str) -> float:
     return statistics.median(result[name] for result in results)
-
-
-def shared_shapes() -> ModuleType:
-    """The shapes and prompts of the shared benchmark folder."""
-    folder = Path(os.environ.get("ALIGN_SHARED", ROOT.parent / "shared")) / "bench"
-    spec = importlib.util.spec_from_file_location("peer_common", folder / "peer_common.py")
-    if spec is None or spec.loader is None or not (folder / "peer_common.py").is_file():
-        raise SystemExit(f"{folder} is not there: set ALIGN_SHARED to the folder that holds bench/peer_common.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 if __name__ == "__main__":

@@ -4,32 +4,27 @@
 
 Random weights, prompts of many lengths, and a reply length drawn for each prompt (log-normal, median 45), which both
 sides are made to keep to. Useful tokens are those of the replies; what a side computes beyond them is its own loss. The
-sides take turns, and the median of the turns counts. Shapes and prompts come from the folder that ALIGN_SHARED names.
+sides take turns, and the median of the turns counts.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import json
 import math
-import os
 import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
+from peers.work import SHAPES, model_folder, prompt_rows, say
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from align.rollout import generation
 from align.rollout.generation import Sampling, generate
 from align.rollout.left_padded import left_padded
 
-ROOT = Path(__file__).parents[1]
 LONGEST_REPLY = 256
 
 
@@ -52,29 +47,21 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    peers = shared_shapes()
-    folder = peers.model_folder(options.shape)
+    folder = model_folder(options.shape)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, options.dtype)).eval()
-    prompts = peers.prompt_rows(options.prompts, model.config.vocab_size)
+    prompts = prompt_rows(options.prompts, SHAPES[options.shape]["vocab_size"])
     limits = reply_lengths(options.prompts)
     sides: dict[str, Callable[[], None]] = {
         "align": lambda: ours(model, AutoTokenizer.from_pretrained(folder), prompts, limits, options.batch),
         "transformers": lambda: theirs(model, prompts, limits, options.batch),
     }
-    speeds = measure(sides, sum(limits), options.turns)
-    report = {**vars(options), "tokens_per_cpu_second": speeds, "ratio": speeds["align"] / speeds["transformers"]}
-    print(json.dumps(report, indent=2))  # noqa: T201
-
-
-def shared_shapes() -> ModuleType:
-    """The module with the shapes and prompts that all peers are measured on."""
-    path = Path(os.environ.get("ALIGN_SHARED", ROOT.parent / "shared")) / "bench" / "peer_common.py"
-    spec = importlib.util.spec_from_file_location("peer_common", path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise SystemExit(f"{path} is not there; set ALIGN_SHARED to the folder that holds bench/")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    turns = measure(sides, sum(limits), options.turns)
+    speeds = {
+        name: statistics.median(turn["units"] / turn["processor_seconds"] for turn in found)
+        for name, found in turns.items()
+    }
+    ratio = speeds["align"] / speeds["transformers"]
+    say({**vars(options), "turns": turns, "tokens_per_cpu_second": speeds, "ratio": ratio})
 
 
 def reply_lengths(rows: int) -> list[int]:
@@ -83,15 +70,16 @@ def reply_lengths(rows: int) -> list[int]:
     return [int(min(LONGEST_REPLY, max(4, round(math.exp(draw.gauss(math.log(45), 0.8)))))) for _ in range(rows)]
 
 
-def measure(sides: dict[str, Callable[[], None]], tokens: int, turns: int) -> dict[str, float]:
-    """Median tokens per processor second of each side; the sides take turns."""
-    found: dict[str, list[float]] = {name: [] for name in sides}
+def measure(sides: dict[str, Callable[[], None]], tokens: int, turns: int) -> dict[str, list[dict[str, float]]]:
+    """Times of each side, turn by turn; the sides take turns. units: useful new tokens."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
     for _ in range(turns):
         for name, run in sides.items():
-            start = time.process_time()
+            start, processor = time.perf_counter(), time.process_time()
             run()
-            found[name].append(tokens / (time.process_time() - start))
-    return {name: statistics.median(speeds) for name, speeds in found.items()}
+            seconds, used = time.perf_counter() - start, time.process_time() - processor
+            found[name].append({"seconds": seconds, "processor_seconds": used, "units": tokens})
+    return found
 
 
 def ours(model: Any, tokenizer: Any, prompts: list[list[int]], limits: list[int], batch: int) -> None:
