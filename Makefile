@@ -8,7 +8,7 @@ RECIPE ?= recipes/quickstart.yaml
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check bench merge-adapter base clean
+.PHONY: help setup demo test test-all check audit bench merge-adapter base clean
 
 help: ## list what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -35,6 +35,12 @@ check: setup ## format, lint and types
 	@$(BIN)/ruff format --check align tests data benchmarks
 	@$(BIN)/ruff check align tests data benchmarks
 	@$(BIN)/mypy
+	@$(MAKE) --no-print-directory audit || echo "audit: holes are known, see above; a newer version may have closed them"
+
+audit: setup ## look up known security holes of the installed versions, where a network allows
+	@if $(BIN)/python -c "import socket; socket.create_connection(('pypi.org', 443), 5)" 2>/dev/null; \
+	then $(BIN)/python -m pip_audit --skip-editable --progress-spinner off; \
+	else echo "audit: no network, nothing was looked up"; fi
 
 bench: setup ## beside TRL and transformers on the same work, into docs/performance.md (a quiet machine, an hour); ONLY=sft,dpo for some rows
 	@$(BIN)/python benchmarks/bench.py $(if $(ONLY),--only $(ONLY)) --out docs/performance.md

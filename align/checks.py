@@ -217,7 +217,7 @@ def _desk(workshop: Workshop, name: str, stage: TrainingSettings) -> Desk:
     from align.stages.encoding import Desk
 
     origin = workshop.starting_point(name, {}) or workshop.model
-    return Desk.open(stage, origin.source, workshop.template())
+    return Desk.open(stage, origin.source, workshop.template(), workshop.registry.home / "cache")
 
 
 def _prompt_lengths(name: str, stage: PpoSettings, desk: Desk, data: PreparedData) -> dict[str, int]:

@@ -41,7 +41,8 @@ from align.judge import Pattern
 from align.recipe.places import Path as KeyPath
 from align.recipe.places import Problem, node_at, refusal
 from align.recipe.training_settings import Name, Settings
-from align.recipe.yaml_text import Node, parse_yaml, shown
+from align.recipe.types import NAME_RULE
+from align.recipe.yaml_text import Node, decoded, parse_yaml, shown
 
 _AROUND = " \"'“”‘’`*_.!"  # what may stand around a critique like 'No' without changing it
 
@@ -156,8 +157,8 @@ class Constitution:
     def load(cls, path: Path) -> Constitution:
         """The constitution in a YAML file. Raises AlignError with file and line of every mistake in it."""
         try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = decoded(path.read_bytes(), path)
+        except OSError as error:
             raise AlignError(
                 f"cannot read the constitution {path}: {error}", "Name a YAML file of principles."
             ) from None
@@ -333,6 +334,8 @@ def _problem(details: ErrorDetails, root: Node) -> Problem:
         case "string_type":
             quoted = f" In quotes it is: '{node.text}'." if node.text else ""
             return Problem(path, f"{_in_words(root, path)} is {node.shown()}; it must be text.{quoted}")
+        case "string_pattern_mismatch" | "string_too_long":
+            return Problem(path, f"{_in_words(root, path)} is {node.shown()}; it must be a name: {NAME_RULE}.")
     return Problem(path, f"{_in_words(root, path)} is {node.shown()}: {details['msg'].lower()}.")
 
 

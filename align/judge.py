@@ -37,7 +37,8 @@ from align.answers import Answer, Compare, holds, matches
 from align.errors import AlignError, did_you_mean
 from align.recipe.places import Problem, node_at, refusal
 from align.recipe.training_settings import Count, Name, Settings
-from align.recipe.yaml_text import Node, parse_yaml, shown
+from align.recipe.types import NAME_RULE
+from align.recipe.yaml_text import Node, decoded, parse_yaml, shown
 
 _SENTENCE_END = re.compile(r"[.!?]+(?=\s|$)|\n+")
 _WORD = re.compile(r"\w+")
@@ -138,10 +139,10 @@ class Judge:
     def load(cls, path: Path) -> Judge:
         """The judge in a YAML file. Raises AlignError with file and line of every mistake in it."""
         try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            content = path.read_bytes()
+        except OSError as error:
             raise AlignError(f"cannot read the judge file {path}: {error}", "Name a YAML file of rules.") from None
-        root = parse_yaml(text, str(path))
+        root = parse_yaml(decoded(content, path), str(path))
         if root is None or not isinstance(root.value, dict):
             raise AlignError(f"{path}: a judge file is a mapping.", f"Its keys: {', '.join(JudgeRules.model_fields)}.")
         try:
@@ -225,4 +226,6 @@ def _problem(details: ErrorDetails, root: Node) -> Problem:
         return Problem(path, f"'{name}' is missing.", at_key=True)
     if details["type"] == "value_error":
         return Problem(path, f"{name}: {details['ctx']['error']}.")
+    if details["type"] in ("string_pattern_mismatch", "string_too_long"):
+        return Problem(path, f"{name} is {node.shown()}; it must be a name: {NAME_RULE}.")
     return Problem(path, f"{name} is {node.shown()}: {details['msg'].lower()}.")

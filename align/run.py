@@ -5,17 +5,19 @@ A stage gets checked paths and values and writes into an empty folder; only this
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from align.checks import check_critique, check_loggers, check_parts, check_ppo, check_rows, check_start
-from align.data.examples import Document, Question
+from align.data.examples import Question
 from align.data.prepared import DataReport, PreparedData, write_prepared
 from align.data.split import without_questions_of
 from align.errors import AlignError, StageFailed
+from align.launch.job import check_launch, launched, shared
 from align.origins import Weights, Workshop, library_versions
 from align.plan import PlannedStage, output_key, plan, planned_stage
 from align.products import Made, Products
@@ -37,6 +39,7 @@ from align.registry.artifacts import disk_errors_explained
 from align.registry.hashing import sha256_file
 from align.registry.records import CheckpointRecord, DataUse, StageData
 from align.registry.run import NewData
+from align.signs import signs
 from align.stages.stage import DataOutcome, Inputs, RewardInput
 
 if TYPE_CHECKING:
@@ -70,10 +73,12 @@ class Done:
 
 
 class RunProgress(Progress):
-    """Passes everything on to the watcher, and keeps metrics and notes with the run."""
+    """Passes everything on to the watcher, keeps metrics and notes with the run, and says when they look wrong."""
 
-    def __init__(self, watcher: Progress, run: Run) -> None:
-        self.watcher, self.run = watcher, run
+    def __init__(self, watcher: Progress, run: Run, settings: Stage) -> None:
+        self.watcher, self.run, self.settings = watcher, run, settings
+        self._log: defaultdict[str, list[tuple[int, float]]] = defaultdict(list)
+        self._said: set[str] = set()
         self.bar = watcher.bar  # type: ignore[method-assign]
 
     def note(self, text: str) -> None:
@@ -82,6 +87,12 @@ class RunProgress(Progress):
 
     def metrics(self, step: int, values: Any) -> None:
         self.run.log_metrics(step, values)
+        for name, value in values.items():
+            self._log[name].append((step, value))
+        for sign, sentence in signs(self.settings.kind, self.settings.model_dump(), self._log).items():
+            if sign not in self._said:
+                self._said.add(sign)
+                self.note(f"warning: {sentence}")
 
     def rewind(self, step: int) -> None:
         self.run.truncate_metrics(step)
@@ -95,10 +106,9 @@ def run_recipe(
     Raises AlignError before anything is trained for whatever is wrong with recipe, data, model or judge.
     """
     order = needed(workshop.recipe, list(stages) or list(workshop.recipe.stages))
-    needed(workshop.recipe, list(force))  # a forced stage that does not exist is refused
     for run_id in workshop.registry.recover():
         progress.note(f"run {run_id} had finished when it was killed; its result is registered now")
-    _check(workshop, order, plan(workshop, stages, force))
+    checked_plan(workshop, stages, force)
     products = Products(workshop)
     done = []
     for name in order:
@@ -115,14 +125,21 @@ def run_recipe(
     return done
 
 
+def checked_plan(workshop: Workshop, stages: Sequence[str] = (), force: Sequence[str] = ()) -> list[PlannedStage]:
+    """As `plan`. Raises AlignError for all that can be refused before anything is made."""
+    planned = plan(workshop, stages, force)
+    _check(workshop, [entry.name for entry in planned], planned)
+    return planned
+
+
 def _check(workshop: Workshop, order: Sequence[str], planned: Sequence[PlannedStage]) -> None:
-    """Raises AlignError for all that can be refused before anything is made."""
     names = dict.fromkeys(data for stage in order for data in workshop.data_names(stage) if not workshop.unmade(data))
     prepared = {name: workshop.data(name)[1] for name in names}
     going = [entry.name for entry in planned if entry.action in ("run", "resume")]
     for name in going:
         check_rows_of(workshop, name, prepared)
     check_loggers(workshop.recipe.log_to)
+    check_launch(workshop, going)
     workshop.judge()
     for name in going:
         check_start(workshop, name, prepared)
@@ -195,16 +212,21 @@ def _execute(
             stage=name,
             kind=settings.kind,
             key=key,
-            settings={**ingredients, "recipe": resolved(workshop.written), "folder": str(workshop.folder)},
+            settings={
+                **ingredients,
+                "recipe": resolved(workshop.written),
+                "folder": str(workshop.folder),
+                **launched(),
+            },
             inputs={**_as_inputs(weights), "data": {use.name: use.id for use in uses}},
             seed=workshop.seed(name),
         )
     )
     with begun as run:
         inputs = _inputs(workshop, name, weights, prepared, run)
-        stage = import_module(STAGES[settings.kind])
-        with disk_errors_explained(run.work):
-            outcome = stage.run(settings, inputs, run.artifact, RunProgress(progress, run))
+        module, heard = STAGES[settings.kind], RunProgress(progress, run, settings)
+        with disk_errors_explained(run.work), shared(workshop, name, module, inputs, heard):
+            outcome = import_module(module).run(settings, inputs, run.artifact, heard)
             if isinstance(outcome, DataOutcome):
                 return _recorded_data(workshop, name, run, outcome, key, {**ingredients, **_as_inputs(weights)})
         return run.finish_checkpoint(
@@ -305,12 +327,12 @@ def check_rows_of(workshop: Workshop, name: str, prepared: Mapping[str, Prepared
         check_rows(name, stage, prepared[stage.data])
 
 
-def _questions(asked: PreparedData, trained: PreparedData, run: Run) -> list[Question]:
+def _questions(asked: PreparedData, trained: PreparedData, run: Run) -> Sequence[Question]:
     """The held-out examples that can be answered, without those whose question stands in the rows trained on."""
     apart = asked.test if asked is trained else without_questions_of(trained.train, asked.test)
     if len(apart) < len(asked.test):
         run.log(f"{len(asked.test) - len(apart)} held-out questions are not asked: this stage trains on them")
-    return [example for example in apart if not isinstance(example, Document)]
+    return [] if asked.kind == "text" else cast(Sequence[Question], apart)  # of one kind, all of them
 
 
 def critic_of(workshop: Workshop, name: str) -> tuple[CriticParts, Source | None]:

@@ -1,20 +1,47 @@
-"""Saved states of an unfinished run: written in place by the trainer, and trusted only once they are marked complete."""
+"""Saved states of an unfinished run: written in place by the trainer, and trusted only once they are marked complete.
+
+The mark is written last and holds size and hash of every file, so that neither what a killed save left behind nor a
+file that was torn or edited since is ever gone on from: the state before it is, which is kept for that.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
+
+from align.registry.artifacts import sync
+from align.registry.hashing import sha256_file
 
 KEPT = 2  # the newest complete state and the one before it
 _MARK = "complete.json"
 
 
 def complete_states(folder: Path) -> list[Path]:
-    """Folders of the complete states, oldest first; what a killed save left behind is not among them."""
-    found = [mark.parent for mark in folder.glob(f"checkpoint-*/{_MARK}")]
-    return sorted(found, key=step_of)
+    """Folders of the states that are complete and as they were saved, oldest first."""
+    return [state for state in _marked(folder) if not damage(state)]
+
+
+def damaged_states(folder: Path) -> list[str]:
+    """One sentence for each state that was complete and is no longer as it was saved, with the file named."""
+    return [f"the saved state {state} is not used: {why}" for state in _marked(folder) if (why := damage(state))]
+
+
+def damage(state: Path) -> str:
+    """What is wrong with a state that is marked complete; '' where it is as it was saved."""
+    try:
+        files = json.loads((state / _MARK).read_text(encoding="utf-8"))["files"]
+    except (ValueError, KeyError):
+        return f"{_MARK} cannot be read"
+    for name, (size, sha256) in files.items():
+        path = state / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if sha256_file(path) != sha256:
+            return f"{name} has changed"
+    return ""
 
 
 def step_of(state: Path) -> int:
@@ -25,23 +52,24 @@ def step_of(state: Path) -> int:
 def mark_complete(folder: Path, step: int) -> None:
     """Sync the state of `step` to disk, mark it complete, and only then delete all but the newest complete ones."""
     state = folder / f"checkpoint-{step}"
+    files = {}
     for path in sorted(state.rglob("*")):
-        if path.is_file():
-            _sync(path)
+        if path.is_file() and not path.name.startswith(_MARK):  # an old mark is about to be replaced
+            sync(path)
+            files[path.relative_to(state).as_posix()] = (path.stat().st_size, sha256_file(path))
     mark = state / _MARK
     aside = state / f"{_MARK}.aside"
-    aside.write_text(json.dumps({"step": step}))
-    _sync(aside)
-    aside.rename(mark)
-    _sync(state)
-    for old in complete_states(folder)[:-KEPT]:
-        (old / _MARK).unlink()
-        shutil.rmtree(old)
+    aside.write_text(json.dumps({"step": step, "files": files}), encoding="utf-8")
+    sync(aside)
+    aside.replace(mark)
+    sync(state)
+    sync(folder)
+    kept = _marked(folder)[-KEPT:]
+    for old in folder.glob("checkpoint-*"):
+        if old not in kept:  # older, or left by a save that was killed
+            (old / _MARK).unlink(missing_ok=True)
+            shutil.rmtree(old)
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _marked(folder: Path) -> list[Path]:
+    return sorted((mark.parent for mark in folder.glob(f"checkpoint-*/{_MARK}")), key=step_of)

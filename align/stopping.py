@@ -14,35 +14,42 @@ from types import FrameType
 from align.errors import Interrupted
 
 _requested = 0
+_adopted = 0  # of another process: not a first signal to this one
 _at_boundary = False
 
 
 def stop_requested() -> int:
     """Number of the signal that asked to stop; 0 when none did."""
-    return _requested
+    return _requested or _adopted
+
+
+def adopt_stop(number: int) -> None:
+    """Stop here as well, since another process of this run was asked to."""
+    global _adopted
+    _adopted = number
 
 
 @contextmanager
 def stops_at_boundary() -> Iterator[None]:
     """In this block the first signal only sets the request."""
     global _at_boundary
-    _at_boundary = True
+    before, _at_boundary = _at_boundary, True
     try:
         yield
     finally:
-        _at_boundary = False
+        _at_boundary = before
 
 
 @contextmanager
 def signals_handled() -> Iterator[None]:
     """Handle SIGINT and SIGTERM in this block as the module says."""
-    global _requested
-    _requested = 0
+    global _requested, _adopted
+    _requested = _adopted = 0
     before = {number: signal.signal(number, _handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        _requested = 0
+        _requested = _adopted = 0
         for number, handler in before.items():
             signal.signal(number, handler)
 

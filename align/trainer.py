@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from align.batches import epoch_order, micro_batches
 from align.errors import Interrupted, StageFailed
 from align.models.folders import quiet
 from align.models.hardware import compute_dtype, width_of
+from align.models.logps import is_padded
 from align.objective import Objective
+from align.parallel.sharing import Sharing, sharing_of
 from align.progress import Bar, Progress
 from align.recipe.settings import TrainingSettings
 from align.state import complete_states, mark_complete, step_of
@@ -62,24 +66,27 @@ class Task:
 def train(task: Task, progress: Progress) -> int:
     """Train the model in place, going on from the last complete state if there is one. Returns the steps that were made.
 
-    Raises StageFailed when loss or gradient is not finite, Interrupted when a signal asked to stop.
+    Other processes of this run join in where the stage allows it; they leave it here, with Released. Raises StageFailed
+    when loss or gradient is not finite, Interrupted when a signal asked to stop.
     """
     stream = task.stream or RowStream(len(task.rows), task.settings, task.seed)
-    states = complete_states(task.state)
-    trainer = _StepTrainer(task, stream, progress)
-    done = step_of(states[-1]) if states else 0
+    sharing = sharing_of(task.model)
+    last = sharing.told(next(reversed(complete_states(task.state)), None))
+    trainer = _StepTrainer(task, stream, progress, sharing)
+    done = step_of(last) if last else 0
     progress.rewind(done)
     with progress.bar("training", len(stream)) as bar, stops_at_boundary():
         trainer.bar = bar
         bar.advance(done)
         with _memory_explained(task.settings):
-            trainer.train(resume_from_checkpoint=str(states[-1]) if states else None)
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
     if number := stop_requested():
         raise Interrupted(
             number,
             f"stopped by {signal.Signals(number).name} after step {trainer.state.global_step} of {len(stream)}; its state is saved",
             "The same command goes on from there.",
         )
+    sharing.finish()
     return int(trainer.state.global_step)
 
 
@@ -141,24 +148,40 @@ def _memory_explained(settings: TrainingSettings) -> Iterator[None]:
 
 
 def measure(
-    model: nn.Module, objective: Objective, rows: Sequence[Any], settings: TrainingSettings
+    model: nn.Module,
+    objective: Objective,
+    rows: Sequence[Any],
+    settings: TrainingSettings,
+    sharing: Sharing | None = None,
 ) -> dict[str, float]:
     """Mean loss and metrics of the objective over `rows`, without training; {} when there are none."""
     if not rows:
         return {}
+    sharing = sharing or Sharing(model)
     was_training = model.training
     model.eval()
     sums: Counter[str] = Counter()
     with torch.no_grad():
         with autocast(model, settings.precision):
-            rows = objective.prepared(model, rows)
-        for group in micro_batches([objective.tokens(row) for row in rows], settings.batch_tokens):
+            rows = sharing.through(lambda model: objective.prepared(model, rows))
+        lengths = [objective.tokens(row) for row in rows]
+        for group, counts in sharing.groups(lengths, _cut(model, settings)):
             with autocast(model, settings.precision):
-                loss, more = objective(model, [rows[i] for i in group])
-            sums.update({"loss": float(loss), **more})
+                loss, more = _loss_of(sharing, objective, [rows[i] for i in group])
+            if counts:
+                sums.update({"loss": float(loss), **more})
     model.train(was_training)
     weight = objective.weight(rows)
-    return {name: total / weight for name, total in sums.items()}
+    return {name: total / weight for name, total in sharing.merged(sums).items()}
+
+
+def _cut(model: nn.Module, settings: TrainingSettings) -> partial[list[list[int]]]:
+    """Lengths of rows -> micro-batches."""
+    return partial(micro_batches, budget=settings.batch_tokens, padded=is_padded(model))
+
+
+def _loss_of(sharing: Sharing, objective: Objective, rows: Sequence[Any]) -> tuple[Tensor, dict[str, float]]:
+    return sharing.through(lambda model: objective(model, rows))
 
 
 def autocast(model: nn.Module, precision: str) -> torch.autocast:
@@ -172,17 +195,19 @@ class _StepTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
     """transformers' Trainer with our optimiser step, our log and our check for finite numbers."""
 
     bar: Bar
+    _kept: dict[str, Tensor]  # of a state that is being saved, like the optimiser's
+    _optimizer_state: dict[str, Any]
 
-    def __init__(self, task: Task, stream: Stream, progress: Progress) -> None:
-        self.task, self.stream, self.progress = task, stream, progress
+    def __init__(self, task: Task, stream: Stream, progress: Progress, sharing: Sharing) -> None:
+        self.task, self.stream, self.progress, self.sharing = task, stream, progress, sharing
         self._sums: Counter[str] = Counter()
         self._weight = 0.0
         self._losses: list[float] = []  # of the steps that learnt something
         self._tokens, self._since = 0, time.perf_counter()
         self._current: list[int] = []
-        arguments = _arguments(task, len(stream))
+        arguments = _arguments(task, len(stream), task.seed + sharing.rank)
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(task.state.parent / "tensorboard")  # outlives the state
-        super().__init__(model=task.model, args=arguments, train_dataset=_Rows(task.rows), data_collator=list)
+        super().__init__(model=sharing.model, args=arguments, train_dataset=_Rows(task.rows), data_collator=list)
         self.remove_callback(PrinterCallback)
         self.add_callback(_AtStepEnd(self))
 
@@ -195,18 +220,22 @@ class _StepTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
         self._current = [number for number, _ in inputs]
         total = torch.zeros((), device=self.args.device)
         with autocast(model, settings.precision):
-            rows = objective.prepared(model, [row for _, row in inputs])
+            step = [row for _, row in inputs]
+            rows = self.sharing.through(lambda model: objective.prepared(model, step))
         if not rows:
             self.bar.advance(1)
             return total
         lengths = [objective.tokens(row) for row in rows]
         weight = objective.weight(rows)
-        for group in micro_batches(lengths, settings.batch_tokens):
+        for group, counts in self.sharing.groups(lengths, _cut(model, settings)):
             with autocast(model, settings.precision):
-                loss, sums = objective(model, [rows[i] for i in group])
-            self.accelerator.backward(loss / weight)
-            total += loss.detach()
-            self._sums.update(sums)
+                loss, sums = _loss_of(self.sharing, objective, [rows[i] for i in group])
+            self.accelerator.backward(loss / (weight / self.sharing.scale) if counts else loss * 0.0)
+            if counts:
+                total += loss.detach()
+                self._sums.update(sums)
+        self.sharing.add_gradients()
+        total = self.sharing.summed(total)
         self._weight += weight
         self._tokens += sum(lengths)
         mean = total / weight
@@ -234,7 +263,8 @@ class _StepTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            means = {name: total / self._weight for name, total in self._sums.items()} if self._weight else {}
+            sums = self.sharing.merged(self._sums)
+            means = {name: total / self._weight for name, total in sums.items()} if self._weight else {}
             now = time.perf_counter()
             loss = sum(self._losses) / len(self._losses) if self._losses else 0.0
             logs = {**logs, "loss": loss, **means, "tokens_per_second": self._tokens / (now - self._since)}
@@ -246,7 +276,7 @@ class _StepTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
     def measure_held_out(self) -> None:
         """Held-out loss and metrics at this step, into the log."""
         began = time.perf_counter()
-        numbers = measure(self.model, self.task.objective, self.task.held_out, self.task.settings)
+        numbers = measure(self.model, self.task.objective, self.task.held_out, self.task.settings, self.sharing)
         self._since += time.perf_counter() - began  # not a time in which tokens are trained
         self.progress.metrics(self.state.global_step, {f"eval.{name}": value for name, value in numbers.items()})
 
@@ -258,21 +288,37 @@ class _StepTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(str(output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(_trained(self.model), folder / TRAINED)
+        save_file(self._kept, folder / TRAINED)
         self.task.objective.save(folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        torch.save(self._optimizer_state, Path(output_dir) / OPTIMIZER_NAME)
+        torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self.sharing.place_state(self.optimizer)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
         saved, trained = load_file(folder / TRAINED), _trained(self.model)
         assert saved.keys() == trained.keys(), "a state is only resumed by the run that saved it"
         for name, values in saved.items():
-            trained[name].copy_(values)
+            self.sharing.copy_into(trained[name], values)
         self.task.objective.load(folder)
 
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if self.sharing.leads:  # the noise of dropout is not to be the same in all processes
+            super()._load_rng_state(checkpoint)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        with quiet():
-            super()._save_checkpoint(model, trial)
-        mark_complete(self.task.state, self.state.global_step)
+        self._kept = {name: self.sharing.whole(weight) for name, weight in _trained(self.model).items()}
+        self._optimizer_state = self.sharing.optimizer_state(self.optimizer)
+        if self.sharing.leads:
+            with quiet():
+                super()._save_checkpoint(model, trial)
+            mark_complete(self.task.state, self.state.global_step)
+        self._kept, self._optimizer_state = {}, {}
 
 
 class _AtStepEnd(TrainerCallback):  # type: ignore[misc]
@@ -285,7 +331,7 @@ class _AtStepEnd(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step in (1, state.max_steps):
             control.should_log = True
-        if stop_requested():
+        if self.trainer.sharing.stop_agreed():
             control.should_save = control.should_log = control.should_training_stop = True
         elif self.trainer.task.objective.finished:
             control.should_log = control.should_training_stop = True
@@ -321,7 +367,7 @@ class _Rows:
         return number, self.rows[number]
 
 
-def _arguments(task: Task, steps: int) -> TrainingArguments:
+def _arguments(task: Task, steps: int, seed: int) -> TrainingArguments:
     settings = task.settings
     extra: Mapping[str, Any] = {"neftune_noise_alpha": settings.neftune} if settings.neftune else {}
     arguments = TrainingArguments(
@@ -338,8 +384,7 @@ def _arguments(task: Task, steps: int) -> TrainingArguments:
         save_strategy="steps",
         save_steps=settings.save_steps,
         report_to=list(task.log_to),
-        seed=task.seed,
-        data_seed=task.seed,
+        seed=seed,
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_num_workers=0,

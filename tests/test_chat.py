@@ -428,7 +428,7 @@ BROKEN = {
     "two BOS": ("{{ bos_token }}" + LLAMA3, "more than once"),
     "asks otherwise": (CHATML.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>bot\n' }}"), "asks for the last"),
     "raises": ("{{ raise_exception('not today') }}", "not today"),
-    "syntax": ("{% for %}", "cannot render"),
+    "syntax": ("{% for %}", "is no Jinja, at its line 1"),
     "sandbox": (CHATML + "{{ ''.__class__.__mro__ }}{{ messages.__class__.__mro__[1].__subclasses__() }}", "unsafe|undefined"),
 }  # fmt: skip
 

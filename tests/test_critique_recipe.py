@@ -93,7 +93,7 @@ def test_what_cannot_be_is_refused_at_its_line(tmp_path: Path, stage: str, messa
         (changed(CRITIQUE, critic="jugde"), "Did you mean 'judge'?"),
         (changed(CRITIQUE, critic="endpoint"), "'url'"),
         (changed(CRITIQUE, critic="{kind: endpoint, url: 'http://x/v1', model: m, key: abc}"), "unknown key 'key'"),
-        (changed(CRITIQUE, critic="{kind: endpoint, url: 'http://me:pw@x/v1', model: m}"), "holds no password"),
+        (changed(CRITIQUE, critic="{kind: endpoint, url: 'http://me:pw@x/v1', model: m}"), "without password"),
         (changed(CRITIQUE, critic="{kind: endpoint, url: 'http://x/v1', model: m, key_env: 'a b'}"), "name of an env"),
         (LOOP.replace("kind: sft, ", ""), "no 'kind'"),
         (LOOP.replace("kind: sft, ", "kind: reward, "), "reward"),

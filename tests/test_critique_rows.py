@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 import threading
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from align.critique.rows import FAULTS, Comparison, Row, RowFile, Step
 from align.data.examples import Message
+from align.errors import AlignError
 from tests.critique_kit import said
 
 
@@ -77,8 +80,33 @@ def test_rows_of_many_threads_are_all_whole(tmp_path: Path) -> None:
 
 
 def test_a_row_is_on_disk_before_add_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    synced: list[int] = []
-    monkeypatch.setattr("align.critique.rows.os.fsync", lambda number: synced.append(number))
+    synced: list[Path] = []
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(Path(f"/proc/self/fd/{number}").readlink()))
     file = RowFile(tmp_path / "rows.jsonl")
     file.add([full_row(0)])
-    assert len(synced) == 1
+    assert synced == [file.path, tmp_path], "the row, and the name of a new file"
+
+
+def test_a_row_that_could_not_be_written_leaves_nothing_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = RowFile(tmp_path / "rows.jsonl")
+    file.add([full_row(0)])
+
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            file.add([full_row(1), full_row(2)])
+    file.add([full_row(2)])
+    assert RowFile(file.path).rows == {0: full_row(0), 2: full_row(2)}
+    assert file.path.read_bytes().count(b"\n") == 2
+
+
+def test_a_line_that_is_no_row_is_refused_by_its_number(tmp_path: Path) -> None:
+    file = RowFile(tmp_path / "rows.jsonl")
+    file.add([full_row(index) for index in range(3)])
+    lines = file.path.read_bytes().splitlines(keepends=True)
+    file.path.write_bytes(b"".join([lines[0], lines[1][:40] + b"\n", lines[2]]))
+    with pytest.raises(AlignError, match=r"rows\.jsonl, line 2: this is no finished row"):
+        RowFile(file.path)

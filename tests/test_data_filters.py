@@ -10,9 +10,9 @@ import pytest
 
 from align.data.examples import Conversation, Document, Example, Message, Preference, Prompt
 from align.data.filters import Contamination, EqualPairs, ExactDuplicates, NearDuplicates
-from align.data.inspection import inspect
 from align.data.likeness import opening_key, row_key
 from align.data.personal import masked, masked_text
+from align.data.reading import Reading, source_of
 from align.recipe.settings import DataSettings
 
 
@@ -22,6 +22,11 @@ def conversation(question: str, answer: str = "Yes.") -> Conversation:
 
 def kept(filter_: ExactDuplicates | NearDuplicates | Contamination | EqualPairs, examples: list[Example]) -> list[int]:
     return [number for number, example in enumerate(examples) if filter_.keeps(example)]
+
+
+def rows_of(folder: Path, file: str) -> list[Example]:
+    settings = DataSettings(path=file)
+    return list(Reading(source_of(settings, folder), settings).examples())
 
 
 def sentence(numbers: list[int]) -> str:
@@ -95,9 +100,8 @@ def test_rows_that_ask_an_evaluation_prompt_or_contain_most_of_it_are_dropped() 
 
 
 def test_real_pairs_are_recognised_as_asking_what_the_instructions_ask(shared: Path) -> None:
-    _, instructions = inspect(DataSettings(path="instruct/instructions.jsonl"), shared / "data")
-    _, tone = inspect(DataSettings(path="preference/tone.jsonl"), shared / "data")
-    _, stories = inspect(DataSettings(path="text/stories_train.jsonl"), shared / "data")
+    names = ("instruct/instructions.jsonl", "preference/tone.jsonl", "text/stories_train.jsonl")
+    instructions, tone, stories = (rows_of(shared / "data", name) for name in names)
     assert len(kept(Contamination(tone), instructions)) < 20
     assert len(kept(Contamination(tone), stories)) == len(stories)
 
@@ -147,8 +151,7 @@ def test_masking_reaches_every_text_of_an_example_and_counts() -> None:
 
 def test_real_arithmetic_and_stories_hold_no_personal_data(shared: Path) -> None:
     for file in ("eval/gsm8k_300.jsonl", "text/stories_train.jsonl"):
-        _, examples = inspect(DataSettings(path=file), shared / "data")
-        assert sum(masked(example)[1] for example in examples) == 0
+        assert sum(masked(example)[1] for example in rows_of(shared / "data", file)) == 0
 
 
 @pytest.mark.parametrize("piece", ["a", "1", "1 ", "a@", "a.", "A1", ":1", "DE89 ", "+1", "0123 ", "-", "1.", "é@é."])

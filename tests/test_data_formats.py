@@ -8,10 +8,11 @@ from typing import Any, get_args
 
 import pytest
 
-from align.data.examples import Conversation, Document, Message, Preference, Prompt, Rated, example_from_row
+from align.data.examples import Conversation, Document, Example, Message, Preference, Prompt, Rated, example_from_row
 from align.data.formats import FORMATS, detect, read_row, renamed
 from align.data.inspection import inspect
 from align.data.problems import RowError
+from align.data.reading import Reading, source_of
 from align.errors import AlignError
 from align.recipe.settings import DataSettings, Format
 
@@ -216,11 +217,16 @@ REAL = [
 ]
 
 
+def rows_of(folder: Path, file: str) -> list[Example]:
+    settings = DataSettings(path=file)
+    return list(Reading(source_of(settings, folder), settings).examples())
+
+
 @pytest.mark.parametrize(("file", "form", "kind", "rows", "bad"), REAL)
 def test_real_files_are_read_as_what_they_are(
     shared: Path, file: str, form: str, kind: str, rows: int, bad: int
 ) -> None:
-    report, examples = inspect(DataSettings(path=file), shared / "data")
+    report, examples = inspect(DataSettings(path=file), shared / "data"), rows_of(shared / "data", file)
     assert (report.format, report.kinds, report.rows, len(report.bad_rows)) == (form, (kind,), rows, bad)
     assert report.usable
     assert len(examples) == rows - bad
@@ -228,7 +234,7 @@ def test_real_files_are_read_as_what_they_are(
 
 
 def test_real_transcripts_keep_every_turn(shared: Path) -> None:
-    _, examples = inspect(DataSettings(path="preference/hh_harmless_1300.jsonl.gz"), shared / "data")
+    examples = rows_of(shared / "data", "preference/hh_harmless_1300.jsonl.gz")
     first = examples[0]
     assert isinstance(first, Preference)
     assert [turn.role for turn in first.prompt] == ["user", "assistant"] * 2 + ["user"]

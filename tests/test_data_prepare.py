@@ -6,9 +6,11 @@ import gzip
 import json
 import os
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +20,7 @@ from align.data import prepare as prepare_module
 from align.data.examples import Conversation, Message
 from align.data.likeness import opening_key, row_key
 from align.data.prepare import PreparedData, canonical_row, prepare, read_prepared, source_key, write_prepared
-from align.data.split import hold_out
+from align.data.split import held_out
 from align.errors import AlignError
 from align.recipe.settings import DataSettings, Format
 
@@ -35,7 +37,14 @@ def prepared(folder: Path, seed: int = 0, **values: Any) -> PreparedData:
     return prepare("rows", {"rows": DataSettings(**values)}, folder=folder, seed=seed)
 
 
-def openings(examples: list[Any]) -> set[bytes]:
+def hold_out(rows: list[Any], fraction: float, seed: int) -> tuple[list[Any], list[Any]]:
+    """(train, test)."""
+    keys = np.array([np.frombuffer(opening_key(row), dtype="V16")[0] for row in rows])
+    held = held_out(keys, fraction, seed)
+    return [row for row, out in zip(rows, held) if not out], [row for row, out in zip(rows, held) if out]
+
+
+def openings(examples: Sequence[Any]) -> set[bytes]:
     return {opening_key(example) for example in examples}
 
 

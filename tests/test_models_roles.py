@@ -137,7 +137,7 @@ def test_a_reward_adapter_on_the_policys_base_gives_what_align_score_gives(tiny_
         shared = AdapterReward(model, "reward", put_reward_adapter(model, "reward", reward, trainable=False))
         pairs = [(prompt.messages, said("figs at dawn" * (1 + n))) for n, prompt in enumerate(prompts(4))]
         outside = RewardModel.open(reward)
-        inside = RewardModel(shared, context_encoder(shared, outside.encoder._tokenizer))
+        inside = RewardModel(shared, context_encoder(shared, outside.encoder.tokenizer))
         before = logps(model)
         assert inside.score(pairs) == pytest.approx(outside.score(pairs), abs=1e-5)
         assert torch.equal(logps(model), before)  # the policy is active again

@@ -24,7 +24,7 @@ def adapter(model: Path, tmp_path: Path) -> Path:
     """A folder that looks like an adapter; its weights are never read here."""
     folder = tmp_path / "adapter"
     folder.mkdir()
-    (folder / "adapter_model.safetensors").write_bytes(b"")
+    (folder / "adapter_model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")  # a header that names no tensor
     write(folder / "adapter_config.json", peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=str(model))
     return folder
 

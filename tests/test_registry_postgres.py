@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,49 +14,22 @@ import pytest
 from align.errors import AlignError
 from align.registry import Registry
 from align.registry.migrations import LATEST
+from tests.postgres_kit import emptied, postgres_server
 from tests.registry_fill import add_checkpoint, add_data, begin, fail, finish
 
 pytest.importorskip("psycopg", reason="no psycopg: pip install 'align[postgres]'")
 ROOT = Path(__file__).parents[1]
-ACCOUNT = "postgres" if os.geteuid() == 0 else None  # the server refuses to run as root
-
-
-def program(name: str) -> str | None:
-    folders = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
-    return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), *map(str, folders)]))
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    if given := os.environ.get("ALIGN_TEST_POSTGRES_URL"):
-        yield given
-        return
-    initdb, postgres = program("initdb"), program("pg_ctl")
-    if not initdb or not postgres:
-        pytest.skip("no PostgreSQL server here and no ALIGN_TEST_POSTGRES_URL")
-    folder = Path("/tmp") / f"align-postgres-{os.getpid()}"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = f"-p {port} -k /tmp -c listen_addresses=127.0.0.1 -c fsync=off"
-    quiet = {"user": ACCOUNT, "cwd": "/tmp", "check": True, "stdout": subprocess.DEVNULL}
-    try:
-        subprocess.run([initdb, "-D", str(folder), "-U", "align", "-A", "trust", "-E", "UTF8"], **quiet)
-        subprocess.run([postgres, "-D", str(folder), "-w", "-o", options, "-l", str(folder / "log"), "start"], **quiet)
-        yield f"postgresql://align@127.0.0.1:{port}/postgres"
-        subprocess.run([postgres, "-D", str(folder), "-m", "immediate", "stop"], **quiet)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with postgres_server() as url:
+        yield url
 
 
 @pytest.fixture
 def registry(server: str) -> Registry:
-    import psycopg
-
-    with psycopg.connect(server, autocommit=True) as connection:
-        connection.execute("DROP SCHEMA public CASCADE")
-        connection.execute("CREATE SCHEMA public")
-    return Registry.open(url=server)
+    return Registry.open(url=emptied(server))
 
 
 def test_a_chain_is_registered_found_traced_and_swept(registry: Registry) -> None:
@@ -97,6 +68,7 @@ def test_metrics_and_the_end_of_runs_are_kept(registry: Registry) -> None:
 WRITER = """
 import sys
 from align.registry import Registry
+from tests.postgres_kit import emptied, postgres_server
 from tests.registry_fill import add_checkpoint
 registry = Registry.open()
 for number in range(15):

@@ -50,11 +50,24 @@ class LengthReport:
     trained_tokens: int = 0
     lengths: list[int] = field(default_factory=list)
 
+    def add(self, other: LengthReport) -> None:
+        """Count what stands in another report, too."""
+        self.add_counts(other)
+        self.lengths += other.lengths
+
+    def add_counts(self, other: LengthReport) -> None:
+        """As `add`, without the lengths of rows."""
+        for name, value in other.counts().items():
+            setattr(self, name, getattr(self, name) + value)
+
+    def counts(self) -> dict[str, int]:
+        """All but the lengths of rows."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, int)}
+
     def as_dict(self) -> dict[str, int]:
         """The counts, and longest, median and 95th percentile of the rows that were kept, in tokens."""
-        counts = {name: value for name, value in vars(self).items() if isinstance(value, int)}
         ordered = sorted(self.lengths) or [0]
-        return counts | {
+        return self.counts() | {
             "tokens": sum(self.lengths),
             "longest": ordered[-1],
             "p50": ordered[(len(ordered) - 1) // 2],

@@ -8,7 +8,7 @@ tokenizer is chosen by templates.py (its functions, and the rows of encoded.py, 
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -38,17 +38,20 @@ class Encoder:
         """max_length: longest row in tokens. too_long: what happens to longer ones. cut_prompt: cut prompts first."""
         if max_length < 2:
             raise AlignError(f"max_length is {max_length}, and a row needs 2 tokens to train one", "Raise max_length.")
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._pieces = PieceTokenizer(tokenizer)
         self.max_length = max_length
         self._too_long = too_long
         self._cut_prompt = cut_prompt
         self._train_on = train_on
+        self.policy: dict[str, Any] = {
+            "max_length": max_length, "too_long": too_long, "cut_prompt": cut_prompt, "train_on": train_on
+        }  # fmt: skip
         self.lengths = LengthReport()
 
     @cached_property
     def _renderer(self) -> Renderer:
-        return Renderer(self._tokenizer)
+        return Renderer(self.tokenizer)
 
     def conversation(self, conversation: Conversation) -> Encoded | None:
         """A row whose assistant turns are trained as `train_on` says; None: left out by the length policy."""
@@ -65,7 +68,7 @@ class Encoder:
         A chunk begins with the last token of the one before as context, so that each token is a label exactly once.
         """
         self.lengths.rows += 1
-        bos, eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         ids = [token for token in (bos, *self._pieces.literal(document.text), eos) if token is not None]
         starts = range(0, max(len(ids) - 1, 1), self.max_length - 1)
         chunks = [ids[start : start + self.max_length] for start in starts]
@@ -99,7 +102,7 @@ class Encoder:
 
     def cut_prompt(self, ids: list[int], room: int) -> list[int]:
         """A prompt's ids without as many at its left as `room` asks for; BOS and the end stay."""
-        start = int(ids[0] == self._tokenizer.bos_token_id)
+        start = int(ids[0] == self.tokenizer.bos_token_id)
         return ids[:start] + ids[start + max(len(ids) - room, 0) :]
 
     def reply(self, prompt: Messages, reply: Messages, tools: Tools = ()) -> Encoded:
@@ -151,7 +154,7 @@ class Encoder:
 
     def _without_prompt(self, rows: list[Encoded], prompt: int, excess: int) -> list[Encoded]:
         """The rows with up to `excess` tokens less at the left of their prompt; BOS and the last token of it stay."""
-        start = int(rows[0].ids[0] == self._tokenizer.bos_token_id)
+        start = int(rows[0].ids[0] == self.tokenizer.bos_token_id)
         end = start + max(min(excess, prompt - start - 1), 0)
         return [Encoded(row.ids[:start] + row.ids[end:], row.trained[:start] + row.trained[end:]) for row in rows]
 

@@ -18,7 +18,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from jinja2.exceptions import TemplateError
+from jinja2.exceptions import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from align.chat.guard import guard
@@ -130,7 +130,12 @@ class Renderer:
                     tokenize=False,
                 )
             )
-        except (TemplateError, TypeError, ValueError) as error:
+        except TemplateSyntaxError as error:
+            raise AlignError(
+                f"the chat template is no Jinja, at its line {error.lineno}: {error.message}",
+                "Mend the template, or set `template:` in the recipe to another.",
+            ) from error
+        except Exception as error:  # a template can raise whatever an expression in it can
             roles = ", ".join(message.role for message in messages)
             raise AlignError(
                 f"the chat template cannot render a conversation with the roles {roles}: {error}",

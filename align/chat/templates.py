@@ -43,6 +43,8 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str | None =
     A padding token that is absent or equal to the stop token is replaced, so that no other tool masks the stop token.
     """
     before = len(tokenizer)
+    if template is not None and not template.strip():
+        raise AlignError("the chat template is empty", "Write it into its file, or leave `template:` out to use ours.")
     if template is None and not tokenizer.chat_template:
         _give_own_template(tokenizer)
     elif template is not None:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from align.cli.listing import TABLE_ROWS, limit_option, more_note
+
 if TYPE_CHECKING:
     from align.data.examples import Example
     from align.data.inspection import FileReport
@@ -57,10 +59,11 @@ def add_command(
     import tempfile
 
     from align.data.prepare import prepare, source_key, write_prepared
+    from align.registry.references import check_name
     from align.registry.store import Registry
 
     settings = _settings(path=file, format=form, test=test, test_fraction=test_fraction)
-    data, here = {name: settings}, Path()
+    data, here = {check_name(name): settings}, Path()
     key = source_key(name, data, folder=here, seed=seed)
     prepared = prepare(name, data, folder=here, seed=seed)
     registry = Registry.open()
@@ -79,12 +82,13 @@ def add_command(
 
 
 @data_group.command("list")
+@limit_option
 @as_json_option
-def list_command(as_json: bool) -> None:
+def list_command(limit: int | None, as_json: bool) -> None:
     """List the data sets of the registry, newest first."""
     from align.registry.store import Registry
 
-    records = Registry.open(create=False).all_data()
+    records = Registry.open(create=False).all_data(limit or (None if as_json else TABLE_ROWS + 1))
     if as_json:
         _print_json([record.as_dict() for record in records])
         return
@@ -94,9 +98,11 @@ def list_command(as_json: bool) -> None:
     figures = ("kind", "format", "train_rows", "test_rows")
     rows = [
         [record.name, record.id[:12], *(str(record.info.get(figure, "")) for figure in figures), record.created[:16]]
-        for record in records
+        for record in records[: limit or TABLE_ROWS]
     ]
     _print_table(("name", "id", "kind", "format", "train", "held out", "created"), rows)
+    if note := more_note(len(records), limit, "data sets"):
+        click.echo(note)
 
 
 @data_group.command("show")
@@ -143,7 +149,7 @@ def check_command(context: click.Context, file: str, form: str, strict: bool, as
     from align.data.inspection import inspect
     from align.errors import CheckFailed
 
-    report, _ = inspect(_settings(path=file, format=form), Path())
+    report = inspect(_settings(path=file, format=form), Path())
     if as_json:
         _print_json(report.as_dict())
     else:

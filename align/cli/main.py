@@ -5,7 +5,9 @@ An AlignError ends with its own exit code and no traceback; anything else is a b
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import sys
 
 import click
@@ -62,8 +64,14 @@ for command in COMMANDS:
     cli.add_command(command)
 
 
+def keep_others_out() -> None:
+    """Nothing that is made from here on can be written by everybody, whatever the shell's umask says."""
+    os.umask(os.umask(0o077) | stat.S_IWOTH)
+
+
 def main() -> None:
     """Entry point of the `align` command."""
+    keep_others_out()
     quiet_libraries()
     keep_freed_memory()
     try:
@@ -81,6 +89,12 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("stopped", err=True)
         sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away; nothing is left to say
-        sys.exit(0)
+    except OSError as error:
+        if error.errno == errno.EPIPE:  # the reader went away; nothing is left to say
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        click.secho(f"error: {str(error.filename)[:60]!r}... is too long for the name of a file", fg="red", err=True)
+        click.echo("  Is it the name of a file, or its text?", err=True)
+        sys.exit(AlignError.exit_code)

@@ -124,8 +124,8 @@ def _held_out(checkpoint: str) -> tuple[list[Example], str]:
         return [], ""
     for use in registry.checkpoint(checkpoint).data:
         record = registry.data(use.id)
-        if rows := read_prepared(record.path).test:
-            return rows, f"the held-out rows of {record.name}"
+        if rows := read_prepared(record.path).test[:MOST_ROWS]:
+            return list(rows), f"the held-out rows of {record.name}"
     return [], ""
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,22 +39,42 @@ force_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 
 
+processes_option = click.option(
+    "--processes", type=click.IntRange(min=1), help="Processes that train, as in --set launch.processes=N."
+)
+
+
 def run_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that every command which runs stages has."""
+    """The options that every command which runs stages has. Under torchrun, all processes but the first only follow it."""
+
+    @wraps(command)
+    def led(**values: Any) -> None:
+        from align.parallel.crew import crew
+
+        member = crew()
+        if member is None or member.leads:
+            command(**values)
+            return
+        from align.launch.worker import follow
+
+        follow(member)
+
     report = click.option(
         "--report", "report_path", type=click.Path(path_type=Path), help="Where the report page goes at the end."
     )
-    return recipe_argument(set_option(force_option(report(json_option(command)))))
+    return recipe_argument(set_option(force_option(report(json_option(led)))))
 
 
 @click.command("run")
 @stage_option
+@processes_option
 @run_options
 def run_command(
     recipe: Path | None,
     stages: tuple[str, ...],
     overrides: tuple[str, ...],
     force: tuple[str, ...],
+    processes: int | None,
     report_path: Path | None,
     as_json: bool,
 ) -> None:
@@ -61,7 +82,8 @@ def run_command(
 
     What is unchanged is reused, what was stopped goes on.
     """
-    run_stages(open_workshop(recipe, overrides), stages, force, report_path, as_json=as_json)
+    workshop = open_workshop(recipe, with_processes(overrides, processes))
+    run_stages(workshop, stages, force, report_path, as_json=as_json)
 
 
 def stage_command(kind: str, summary: str) -> click.Command:
@@ -70,17 +92,19 @@ def stage_command(kind: str, summary: str) -> click.Command:
     @click.command(
         kind, short_help=summary + ".", help=f"{summary}: the stages of that kind in RECIPE, with what they need."
     )
+    @processes_option
     @run_options
     def command(
         recipe: Path | None,
         overrides: tuple[str, ...],
         force: tuple[str, ...],
+        processes: int | None,
         report_path: Path | None,
         as_json: bool,
     ) -> None:
         from align.recipe.graph import stages_of_kind
 
-        workshop = open_workshop(recipe, overrides)
+        workshop = open_workshop(recipe, with_processes(overrides, processes))
         run_stages(workshop, stages_of_kind(workshop.recipe, kind), force, report_path, as_json=as_json)
 
     return command
@@ -145,6 +169,11 @@ def open_workshop(recipe: Path | None, overrides: tuple[str, ...], *, create: bo
     return Workshop(load_recipe(path, overrides), path.parent.absolute(), Registry.open(create=create))
 
 
+def with_processes(overrides: tuple[str, ...], processes: int | None) -> tuple[str, ...]:
+    """The overrides with what `--processes` stands for."""
+    return overrides if processes is None else (*overrides, f"launch.processes={processes}")
+
+
 def run_stages(
     workshop: Workshop,
     stages: tuple[str, ...] | list[str],
@@ -154,13 +183,7 @@ def run_stages(
     as_json: bool,
 ) -> None:
     """Run, then say what came out: a table of held-out numbers, and the report page."""
-    from align.console import ConsoleProgress
-    from align.run import run_recipe
-    from align.stopping import signals_handled
-
-    progress = ConsoleProgress()
-    with signals_handled():
-        done = run_recipe(workshop, progress, stages, force)
+    done = _done(workshop, stages, force)
     page = _write_report(workshop, report)
     if as_json:
         click.echo(json.dumps([_summary(entry) for entry in done], indent=2))
@@ -169,6 +192,32 @@ def run_stages(
 
     print_table(stage_table([entry.made for entry in done if entry.made is not None]))
     click.echo(f"Report: {page}")
+
+
+def _done(workshop: Workshop, stages: Sequence[str], force: Sequence[str]) -> list[Done]:
+    """Runs the stages here, or on as many processes as the recipe asks for, where there is something for them to do."""
+    from align.console import ConsoleProgress
+    from align.launch.job import SEVERAL
+    from align.parallel.crew import crew
+    from align.run import checked_plan, run_recipe
+    from align.stopping import signals_handled
+
+    if leader := crew():
+        from align.launch.worker import lead
+
+        return lead(workshop, leader, stages, force)
+    progress, processes = ConsoleProgress(), workshop.recipe.launch.processes
+    with signals_handled():
+        if processes > 1:
+            going = [entry for entry in checked_plan(workshop, stages, force) if entry.action in ("run", "resume")]
+            processes = processes if any(entry.kind in SEVERAL for entry in going) else 1
+        if processes == 1:
+            return run_recipe(workshop, progress, stages, force)
+    from align.launch.processes import Request, run_apart
+
+    request = Request(workshop.written, workshop.folder, workshop.registry.home, tuple(stages), tuple(force))
+    done: list[Done] = run_apart(request, processes)
+    return done
 
 
 def _write_report(workshop: Workshop, out: Path | None) -> Path:

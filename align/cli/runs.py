@@ -96,7 +96,7 @@ def show_command(run: str, as_json: bool) -> None:
     registry = Registry.open(create=False)
     record = registry.run(run)
     metrics = registry.metrics(record.id)
-    made = [checkpoint for checkpoint in registry.all_checkpoints() if checkpoint.run == record.id]
+    made = registry.checkpoints_of(record.id)
     log = record.work / "log.txt"
     if as_json:
         document = {**record.as_dict(), "checkpoints": [c.id for c in made], "log": str(log)}

@@ -6,11 +6,14 @@ import json
 import os
 import threading
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from align.data.examples import Messages, messages_from
+from align.errors import AlignError
+from align.registry.artifacts import sync
 
 Fault = str  # why a row is kept apart: a key of FAULTS
 FAULTS = {
@@ -107,6 +110,7 @@ class RowFile:
             aside.unlink(missing_ok=True)
             _append(aside, rows)
             aside.replace(self.path)
+            sync(self.path.parent)
             self.rows = {row.index: row for row in rows}
         return rows
 
@@ -118,13 +122,31 @@ class RowFile:
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) < len(content):
             os.truncate(self.path, len(whole))
-        return [
-            Row.from_dict(json.loads(line)) for line in whole.split(b"\n")[:-1]
-        ]  # in a text other marks end lines too
+        lines = whole.split(b"\n")[:-1]  # in a text other marks end lines too
+        return [_row(self.path, number, line) for number, line in enumerate(lines, start=1)]
 
 
 def _append(path: Path, rows: Iterable[Row]) -> None:
-    with path.open("a", encoding="utf-8", newline="\n") as stream:
-        stream.writelines(json.dumps(row.as_dict(), ensure_ascii=False) + "\n" for row in rows)
-        stream.flush()
-        os.fsync(stream.fileno())
+    """All of the rows, or none: half a line would spoil what is written after it."""
+    lines = "".join(json.dumps(row.as_dict(), ensure_ascii=False) + "\n" for row in rows)
+    before = path.stat().st_size if path.exists() else None
+    try:
+        with path.open("ab") as stream:
+            stream.write(lines.encode("utf-8"))
+            stream.flush()
+            os.fsync(stream.fileno())
+    except BaseException:
+        with suppress(OSError):
+            os.truncate(path, before or 0)
+        raise
+    if before is None:
+        sync(path.parent)
+
+
+def _row(path: Path, number: int, line: bytes) -> Row:
+    try:
+        return Row.from_dict(json.loads(line))
+    except (ValueError, KeyError, TypeError) as error:
+        raise AlignError(
+            f"{path}, line {number}: this is no finished row", "Remove the line: its prompt is then asked once more."
+        ) from error

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from align.data.examples import Example
 from align.data.filters import EqualPairs, ExactDuplicates
 from align.data.likeness import opening_key, whole_text, words
 from align.data.problems import Problem, Problems
@@ -45,28 +45,37 @@ class FileReport:
         return asdict(self)
 
 
-def inspect(settings: DataSettings, folder: Path) -> tuple[FileReport, list[Example]]:
-    """The report on a file or hub data set, and its good rows.
+def inspect(settings: DataSettings, folder: Path) -> FileReport:
+    """The report on a file or hub data set, from one pass over it.
 
     Raises AlignError when the source cannot be read at all or no format fits it.
     """
     reading = Reading(source_of(settings, folder), settings, Problems(keep=None))
-    examples = list(reading.examples())
-    texts = [whole_text(example) for example in examples]
-    report = FileReport(
+    duplicates, equal_pairs = ExactDuplicates(), EqualPairs()
+    kinds: set[str] = set()
+    openings: set[bytes] = set()
+    counted_words, characters = array("q"), array("q")
+    for example in reading.examples():
+        kinds.add(example.kind)
+        openings.add(opening_key(example))
+        duplicates.keeps(example)
+        equal_pairs.keeps(example)
+        text = whole_text(example)
+        counted_words.append(len(words(text)))
+        characters.append(len(text))
+    return FileReport(
         path=reading.source.name,
         format=reading.format,
-        kinds=tuple(sorted({example.kind for example in examples})),
+        kinds=tuple(sorted(kinds)),
         rows=reading.rows,
         bad_rows=tuple(reading.problems.kept),
-        usable=bool(examples) and reading.tolerable(),
-        duplicates=sum(not new for new in map(ExactDuplicates().keeps, examples)),
-        equal_pairs=sum(not differs for differs in map(EqualPairs().keeps, examples)),
-        shared_prompts=len(examples) - len(set(map(opening_key, examples))),
-        words=_spread([len(words(text)) for text in texts]),
-        characters=_spread([len(text) for text in texts]),
+        usable=bool(characters) and reading.tolerable(),
+        duplicates=duplicates.dropped,
+        equal_pairs=equal_pairs.dropped,
+        shared_prompts=len(characters) - len(openings),
+        words=_spread(counted_words),
+        characters=_spread(characters),
     )
-    return report, examples
 
 
 def _spread(values: Sequence[int]) -> Spread:

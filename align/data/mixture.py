@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 
-from align.data.examples import Example
-from align.data.prepared import DataReport, PreparedData
+from align.data.prepared import DataReport
+from align.data.rows import Numbers
 from align.errors import AlignError
 
 COUNTED = (
@@ -15,25 +15,24 @@ COUNTED = (
 )  # fmt: skip
 
 
-def by_weight(
-    name: str, rows: Mapping[str, list[Example]], weights: Mapping[str, float], seed: int
-) -> dict[str, list[Example]]:
+def by_weight(name: str, rows: Mapping[str, Numbers], weights: Mapping[str, float], seed: int) -> dict[str, Numbers]:
     """Random rows of each part in the proportion of the weights: as many as go without using one twice."""
-    empty = [part for part, part_rows in rows.items() if not part_rows]
+    empty = [part for part, numbers in rows.items() if not len(numbers)]
     if empty and len(empty) < len(rows):
         raise AlignError(f"data '{name}': part '{empty[0]}' has no training rows", "Take it out of `mix:`.")
     scale = min(len(rows[part]) / weight for part, weight in weights.items())
-    return {
-        part: random.Random(f"{seed} {part}").sample(part_rows, min(len(part_rows), int(scale * weights[part] + 1e-6)))
-        for part, part_rows in rows.items()
-    }
+    taken = {}
+    for part, numbers in rows.items():
+        count = min(len(numbers), int(scale * weights[part] + 1e-6))
+        taken[part] = numbers[random.Random(f"{seed} {part}").sample(range(len(numbers)), count)]
+    return taken
 
 
-def joined_report(parts: Mapping[str, PreparedData]) -> DataReport:
+def joined_report(parts: Mapping[str, DataReport]) -> DataReport:
     """Sums over the parts, their warnings with their names."""
     joined = DataReport(format="mix")
-    for name, part in parts.items():
+    for name, report in parts.items():
         for figure in COUNTED:
-            setattr(joined, figure, getattr(joined, figure) + getattr(part.report, figure))
-        joined.warnings += [f"{name}: {warning}" for warning in part.report.warnings]
+            setattr(joined, figure, getattr(joined, figure) + getattr(report, figure))
+        joined.warnings += [f"{name}: {warning}" for warning in report.warnings]
     return joined

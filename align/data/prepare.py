@@ -12,19 +12,23 @@ import difflib
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Mapping
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from align.data.examples import Example
 from align.data.filters import Contamination, EqualPairs, ExactDuplicates, Filter, NearDuplicates
-from align.data.likeness import opening_key
 from align.data.mixture import by_weight, joined_report
 from align.data.personal import masked
-from align.data.prepared import DataReport, PreparedData, canonical_row, read_prepared, write_prepared
+from align.data.prepared import DataReport, PreparedData, read_prepared, write_prepared
 from align.data.reading import Reading, source_of
+from align.data.rows import Numbers, Spool, canonical_row
 from align.data.sources import content_sha256
-from align.data.split import ALWAYS_HELD_OUT_ROWS, hold_out, without_questions_of
+from align.data.split import ALWAYS_HELD_OUT_ROWS, asked_in, held_out
 from align.errors import AlignError, did_you_mean
 from align.recipe.settings import DataSettings
 
@@ -42,7 +46,9 @@ Data = Mapping[str, DataSettings]
 def prepare(name: str, data: Data, *, folder: Path, seed: int) -> PreparedData:
     """The data set `name` of a recipe that lies in `folder`. Raises AlignError for everything the user can mend."""
     _check_settings(name, data)
-    return (_mixture if data[name].mix else _single)(name, data, folder, seed)
+    spool = Spool()
+    sides = _sides(name, data, folder, seed, spool)
+    return PreparedData(sides.report.kind, spool.rows(sides.train), spool.rows(sides.test), sides.report)
 
 
 def source_key(name: str, data: Data, *, folder: Path, seed: int) -> str:
@@ -55,37 +61,52 @@ def source_key(name: str, data: Data, *, folder: Path, seed: int) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
+@dataclass(frozen=True, slots=True)
+class _Sides:
+    """Numbers, in the spool, of the rows of one data set."""
+
+    train: Numbers
+    test: Numbers
+    report: DataReport
+
+
+def _sides(name: str, data: Data, folder: Path, seed: int, spool: Spool) -> _Sides:
+    return (_mixture if data[name].mix else _single)(name, data, folder, seed, spool)
+
+
 # One source ----------------------------------------------------------------------------------------------------------
 
 
-def _single(name: str, data: Data, folder: Path, seed: int) -> PreparedData:
+def _single(name: str, data: Data, folder: Path, seed: int, spool: Spool) -> _Sides:
     settings = data[name]
     report = DataReport()
     filters = _filters(name, data, folder)
     reading = Reading(source_of(settings, folder), settings)
-    examples = _cleaned(reading, report, filters, most=None if settings.shuffle else settings.limit)
+    rows = _cleaned(reading, report, filters, spool, most=None if settings.shuffle else settings.limit)
     report.format = reading.format
     if settings.shuffle:
-        random.Random(seed).shuffle(examples)
-        examples, report.unused = _first(examples, settings.limit)
+        rows, report.unused = _first(_shuffled(rows, seed), settings.limit)
     if settings.test is None:
-        train, test = hold_out(examples, settings.test_fraction, seed)
+        held = held_out(spool.openings(rows), settings.test_fraction, seed)
+        test = rows[held]
     else:
-        test = _test_rows(settings, folder, report)
-        train = without_questions_of(test, examples)
-        report.test_overlap = len(examples) - len(train)
-    return _reported(name, train, test, report, held_out=settings.test_fraction > 0)
+        test = _test_rows(settings, folder, report, spool)
+        held = asked_in(spool.openings(rows), spool.openings(test))
+        report.test_overlap = int(held.sum())
+    return _reported(name, _Sides(rows[~held], test, report), spool, held_out=settings.test_fraction > 0)
 
 
-def _cleaned(reading: Reading, report: DataReport, filters: Mapping[str, Filter], most: int | None) -> list[Example]:
-    """The first `most` examples that pass every filter, counted in the report; rows after them are not looked at."""
-    kept: list[Example] = []
+def _cleaned(
+    reading: Reading, report: DataReport, filters: Mapping[str, Filter], spool: Spool, most: int | None
+) -> Numbers:
+    """The first `most` rows that pass every filter, counted in the report; rows after them are not looked at."""
+    kept = array("q")
     for example in reading.examples():
         if reading.settings.mask_personal_data:
             example, count = masked(example)
             report.masked += count
         if _passes(example, filters):
-            kept.append(example)
+            kept.append(spool.add(example))
             if len(kept) == most:
                 break
     if warning := reading.finish():
@@ -93,43 +114,51 @@ def _cleaned(reading: Reading, report: DataReport, filters: Mapping[str, Filter]
         report.warnings.append(warning)
     report.rows_read += reading.rows
     _count_dropped(report, filters)
-    return kept
+    return _numbers(kept)
 
 
-def _test_rows(settings: DataSettings, folder: Path, report: DataReport) -> list[Example]:
+def _test_rows(settings: DataSettings, folder: Path, report: DataReport, spool: Spool) -> Numbers:
     """The rows of the file of held-out rows."""
     filters: dict[str, Filter] = {"equal_pairs": EqualPairs(), "duplicates": ExactDuplicates()}
-    return _cleaned(Reading(source_of(settings, folder, settings.test), settings), report, filters, most=None)
+    return _cleaned(Reading(source_of(settings, folder, settings.test), settings), report, filters, spool, most=None)
 
 
-def _first(examples: list[Example], most: int | None) -> tuple[list[Example], int]:
-    """At most the first `most` examples, and how many are left over."""
-    kept = examples[:most]
-    return kept, len(examples) - len(kept)
+def _shuffled(rows: Numbers, seed: int) -> Numbers:
+    order = array("q", rows.tobytes())
+    random.Random(seed).shuffle(order)
+    return _numbers(order)
+
+
+def _first(rows: Numbers, most: int | None) -> tuple[Numbers, int]:
+    """At most the first `most` rows, and how many are left over."""
+    kept = rows[:most]
+    return kept, len(rows) - len(kept)
+
+
+def _numbers(rows: Iterable[int]) -> Numbers:
+    return np.fromiter(rows, dtype=np.int64)
 
 
 # Mixtures ------------------------------------------------------------------------------------------------------------
 
 
-def _mixture(name: str, data: Data, folder: Path, seed: int) -> PreparedData:
+def _mixture(name: str, data: Data, folder: Path, seed: int, spool: Spool) -> _Sides:
     settings = data[name]
-    parts = {part.data: prepare(part.data, data, folder=folder, seed=seed) for part in settings.mix}
-    report = joined_report(parts)
+    parts = {part.data: _sides(part.data, data, folder, seed, spool) for part in settings.mix}
+    report = joined_report({part: sides.report for part, sides in parts.items()})
     filters = _filters(name, data, folder)
-    test = [example for part in parts.values() for example in part.test if _passes(example, filters)]
+    test = _passing(np.concatenate([sides.test for sides in parts.values()]), filters, spool)
     rows = {}
-    for part_name, part in parts.items():
-        apart = without_questions_of(test, part.train)
-        report.test_overlap += len(part.train) - len(apart)
-        rows[part_name] = [example for example in apart if _passes(example, filters)]
+    for part, sides in parts.items():
+        asked = asked_in(spool.openings(sides.train), spool.openings(test))
+        report.test_overlap += int(asked.sum())
+        rows[part] = _passing(sides.train[~asked], filters, spool)
     _count_dropped(report, filters)
     taken = by_weight(name, rows, {part.data: part.weight for part in settings.mix}, seed)
-    train = [example for part_rows in taken.values() for example in part_rows]
-    random.Random(seed).shuffle(train)
-    train, left = _first(train, settings.limit)
+    train, left = _first(_shuffled(np.concatenate(list(taken.values())), seed), settings.limit)
     report.unused += left + sum(len(rows[part]) - len(taken[part]) for part in rows)
-    report.parts = {part: len(part_rows) for part, part_rows in taken.items()}
-    return _reported(name, train, test, report, held_out=True)
+    report.parts = {part: len(numbers) for part, numbers in taken.items()}
+    return _reported(name, _Sides(train, test, report), spool, held_out=True)
 
 
 # Filters and report --------------------------------------------------------------------------------------------------
@@ -151,6 +180,10 @@ def _filters(name: str, data: Data, folder: Path) -> dict[str, Filter]:
 
 def _passes(example: Example, filters: Mapping[str, Filter]) -> bool:
     return all(one.keeps(example) for one in filters.values())
+
+
+def _passing(rows: Numbers, filters: Mapping[str, Filter], spool: Spool) -> Numbers:
+    return _numbers(number for number, example in zip(rows, spool.rows(rows), strict=True) if _passes(example, filters))
 
 
 def _count_dropped(report: DataReport, filters: Mapping[str, Filter]) -> None:
@@ -179,10 +212,10 @@ def _evaluation_settings(other: str, name: str, data: Data, folder: Path) -> lis
     return [one for part in data[other].mix for one in _evaluation_settings(part.data, name, data, folder)]
 
 
-def _reported(
-    name: str, train: list[Example], test: list[Example], report: DataReport, *, held_out: bool
-) -> PreparedData:
-    kinds = sorted({example.kind for example in train + test})
+def _reported(name: str, sides: _Sides, spool: Spool, *, held_out: bool) -> _Sides:
+    """The same, with a full report. Raises AlignError for rows of several kinds, or none."""
+    train, test, report = sides.train, sides.test, sides.report
+    kinds = spool.kinds(np.concatenate([train, test]))
     if len(kinds) > 1:
         raise AlignError(
             f"data '{name}': rows of several kinds: {', '.join(kinds)}", "Keep them in data sets of their own."
@@ -191,19 +224,19 @@ def _reported(
         raise AlignError(f"data '{name}': no rows are left ({_dropped(report) or 'there were none'})")
     report.kind = kinds[0]
     report.train_rows, report.test_rows = len(train), len(test)
-    report.shared_prompts = sum(len(rows) - len(set(map(opening_key, rows))) for rows in (train, test))
+    report.shared_prompts = sum(len(rows) - len(np.unique(spool.openings(rows))) for rows in (train, test))
     if report.equal_pairs:
         report.warnings.append(
             f"{report.equal_pairs} pairs with equal answers were dropped: nothing is learnt from them"
         )
     if report.test_overlap:
         report.warnings.append(f"{report.test_overlap} training rows ask what held-out rows ask and were dropped")
-    if held_out and not test:
+    if held_out and not len(test):
         why = "every row asks the same" if len(train) >= ALWAYS_HELD_OUT_ROWS else f"there are only {len(train)}"
         report.warnings.append(f"no rows are held out: {why}")
     if len(train) + len(test) < (1 - MANY_DROPPED) * (report.rows_read - report.unused):
         report.warnings.append(f"most rows were dropped: {_dropped(report)}")
-    return PreparedData(report.kind, train, test, report)
+    return sides
 
 
 def _dropped(report: DataReport) -> str:

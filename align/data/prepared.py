@@ -1,18 +1,19 @@
 """Data that is ready for a stage: examples for training, held-out examples, and what happened on the way.
 
 On disk it is a folder: train.jsonl and test.jsonl with canonical rows, report.json. Nothing of `align` is needed to read
-it.
+it. The examples are read when they are asked for, never all at once.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from align.data.examples import Example, example_from_row
+from align.data.examples import Example
+from align.data.rows import Rows, lines_of
 from align.errors import AlignError
 
 FILES = ("train.jsonl", "test.jsonl", "report.json")
@@ -49,8 +50,8 @@ class PreparedData:
     """Examples of one kind, ready for a stage."""
 
     kind: str
-    train: list[Example]
-    test: list[Example]
+    train: Sequence[Example]
+    test: Sequence[Example]
     report: DataReport
 
 
@@ -74,23 +75,9 @@ def read_prepared(folder: Path) -> PreparedData:
     values = json.loads(report.read_text("utf-8"))
     known = {item.name for item in fields(DataReport)}
     report_read = DataReport(**{key: value for key, value in values.items() if key in known})
-    return PreparedData(report_read.kind, list(_read_rows(train)), list(_read_rows(test)), report_read)
-
-
-def canonical_row(example: Example) -> str:
-    """The one line of JSON that stands for an example; equal examples give equal lines."""
-    return json.dumps(example.row(), sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return PreparedData(report_read.kind, Rows.of_file(train), Rows.of_file(test), report_read)
 
 
 def _write_rows(path: Path, examples: Sequence[Example]) -> None:
-    with path.open("w", encoding="utf-8", newline="\n") as stream:
-        stream.writelines(canonical_row(example) + "\n" for example in examples)
-
-
-def _read_rows(path: Path) -> Iterator[Example]:
-    with path.open(encoding="utf-8", newline="\n") as stream:
-        yield from (example_from_row(row) for row in _parsed(stream))
-
-
-def _parsed(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
-    return map(json.loads, lines)
+    with path.open("wb") as stream:
+        stream.writelines(lines_of(examples))

@@ -67,6 +67,11 @@ def errors_of(path: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise AlignError(f"{path}: cannot be opened: {first}", "Check the folder's files, or copy it again.") from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        if not first or isinstance(error, LookupError | TypeError | AttributeError):  # a JSON file of another shape
+            first = f"a file in it is not as it should be ({type(error).__name__}: {first})"
+        hint = "Check the folder's files, or copy it again."
+        if "trust_remote_code" in str(error):
+            hint = "It runs Python code of its own: read it, then set `trust_remote_code: true` in the recipe."
+        raise AlignError(f"{path}: cannot be opened: {first}", hint) from error

@@ -13,6 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+from safetensors import SafetensorError, safe_open
+
 from align.errors import AlignError, did_you_mean
 from align.registry.hashing import sha256_file, sha256_json
 
@@ -22,6 +24,7 @@ Json = dict[str, Any]
 
 ADAPTER_RECORD = "align_adapter.json"  # stands beside adapter_config.json; peft does not read it
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+POINTER = b"version https://git-lfs."  # what Git LFS leaves in the place of a file that it has not brought
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 
 
@@ -68,13 +71,14 @@ def source_of(
 ) -> Source:
     """What stands at a path (or hub id). needs_weights: False where a config alone will do (training from scratch).
 
-    Raises AlignError for a folder that is no model, has only pickled weights, or whose base is missing.
+    Raises AlignError for a folder that is no model, has only pickled or damaged weights, or whose base is missing.
     """
     name = str(path_or_id)
     folder = Path(name).expanduser()
     if not folder.is_dir():
         _refuse_typo(name, folder)
         return _from_hub_cache(name, revision, trust_remote_code)
+    _refuse_pointers(folder)
     if (folder / "adapter_config.json").is_file():
         return _adapter(folder, trust_remote_code)
     config = _read_config(folder)
@@ -126,7 +130,8 @@ def _read_config(folder: Path) -> Json:
         )
     config = read_json(file)
     if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "unknown")
+        how = config["quantization_config"]
+        method = how.get("quant_method", "unknown") if isinstance(how, dict) else how
         raise AlignError(
             f"{folder}: its weights are already quantized ({method})",
             "Use the full-precision model; `quantize: nf4` makes it small while it is loaded.",
@@ -148,15 +153,18 @@ def _kind_of(folder: Path, config: Json) -> Kind:
 
 
 def _require_weights(folder: Path, stem: Literal["model", "adapter_model"]) -> None:
-    """Refuses a folder whose safetensors files are absent or not all there."""
+    """Refuses a folder whose safetensors files are absent, not all there, or damaged as far as their headers tell."""
     index = folder / f"{stem}.safetensors.index.json"
     if index.is_file():
-        shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+        shards = _shards(index)
         lost = [name for name in shards if not (folder / name).is_file()]
         if lost or not shards:
             raise AlignError(f"{folder}: weights are missing: {', '.join(lost) or 'all'}", "Copy the folder again.")
+        for name in shards:
+            _check_header(folder / name)
         return
     if (folder / f"{stem}.safetensors").is_file():
+        _check_header(folder / f"{stem}.safetensors")
         return
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
     if pickles:
@@ -166,6 +174,37 @@ def _require_weights(folder: Path, stem: Literal["model", "adapter_model"]) -> N
             f"M.from_pretrained('{folder}').save_pretrained('NEW_FOLDER')\", and copy the tokenizer files.",
         )
     raise AlignError(f"{folder}: no weights, {stem}.safetensors is missing", "Copy the folder again.")
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index names. Raises AlignError unless they are names of files beside it."""
+    places = read_json(index).get("weight_map", {})
+    names = list(places.values()) if isinstance(places, dict) else [places]
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise AlignError(
+                f"{index}: names {str(name)[:80]!r}, which is no file beside it",
+                "The folder is damaged; copy it again.",
+            )
+    return sorted(set(names))
+
+
+def _check_header(file: Path) -> None:
+    """Refuses a file that is no safetensors file, or is shorter or longer than its own header says."""
+    try:
+        with safe_open(file, framework="np"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise AlignError(f"{file}: cannot be opened: {error}", "The file is damaged; copy it again.") from error
+
+
+def _refuse_pointers(folder: Path) -> None:
+    """A folder from `git clone` without Git LFS looks whole, and holds three lines of text for each large file."""
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and file.stat().st_size < 1024 and file.read_bytes().startswith(POINTER):
+            raise AlignError(
+                f"{file}: a pointer of Git LFS, not the file itself", f"Run `git lfs pull` in {folder}, or download it."
+            )
 
 
 def _adapter(folder: Path, trust_remote_code: bool) -> Source:
@@ -192,10 +231,9 @@ def _base_of(folder: Path, config: Json, trust_remote_code: bool) -> Source:
         raise AlignError(f"{folder}: adapter_config.json names no base", "Add its base_model_name_or_path.")
     for place in (Path(recorded), folder / recorded, folder.resolve().parent / Path(recorded).name):
         if place.is_dir():
-            base = source_of(place, trust_remote_code=trust_remote_code)
-            if base.is_adapter:
+            if (place / "adapter_config.json").is_file():
                 raise AlignError(f"{folder}: its base {place} is an adapter itself", "Merge that one first.")
-            return base
+            return source_of(place, trust_remote_code=trust_remote_code)
     if Path(recorded).is_absolute() or not HUB_ID.match(recorded):
         raise AlignError(
             f"{folder}: the base of this adapter is missing: {recorded}",

@@ -59,8 +59,8 @@ class EndpointCritic(Settings):
     @field_validator("url")
     @classmethod
     def _is_web_address(cls, url: str) -> str:
-        if not re.match(r"^https?://[^/\s@]+(/[^\s@]*)?$", url):
-            raise ValueError(f"'{url}' is no address; it starts with http:// or https:// and holds no password")
+        if not re.match(r"^https?://[^/\s@?#]+(/[^\s@?#]*)?$", url):  # not shown: it may hold a secret
+            raise ValueError("this is no address; it starts with http:// or https://, without password, ? and #")
         return url.rstrip("/")
 
 

@@ -23,6 +23,7 @@ from align.recipe.settings import (
     ConstitutionSettings,
     DataSettings,
     EvaluationSettings,
+    LaunchSettings,
     MixSettings,
     Recipe,
     TrainingSettings,
@@ -60,6 +61,7 @@ def settings_page() -> str:
         _section("data", DataSettings, f"{_doc(DataSettings)} Each entry of `data:` is one of these, or just a path."),
         _section("data: mix", MixSettings, f"{_doc(MixSettings)} An entry of a data set's `mix:` list."),
         _section("evaluation", EvaluationSettings, _doc(EvaluationSettings)),
+        _section("launch", LaunchSettings, _doc(LaunchSettings)),
         _section("Every stage that trains", TrainingSettings, _training_text(), leave_out={"kind"}),
         _section("adapter", AdapterSettings, f"{_doc(AdapterSettings)} The `adapter:` block of a stage."),
     ]

@@ -57,6 +57,7 @@ __all__ = [
     "HingeLoss",
     "IpoLoss",
     "KtoLoss",
+    "LaunchSettings",
     "MergeSettings",
     "MixSettings",
     "Name",
@@ -178,6 +179,17 @@ class EvaluationSettings(Settings):
     samples: Annotated[int, Field(ge=0)] = Field(5, description="Answers of parent and child that the report shows.")
 
 
+class LaunchSettings(Settings):
+    """How many processes train, and how they share a model. What is made is the same, up to rounding, for any number."""
+
+    processes: Count = Field(
+        1, description="Processes on this machine, one a GPU; torchrun or srun say it themselves. See docs/cluster.md."
+    )
+    strategy: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="ddp: the whole model in each; fsdp: weights, gradients and optimiser in parts (FSDP2)."
+    )
+
+
 class Recipe(Settings):
     """One chain from a base model to an aligned one."""
 
@@ -192,4 +204,5 @@ class Recipe(Settings):
     data: dict[Name, DataSettings] = Field({}, description="The recipe's names for its data.")
     stages: dict[Name, Stage] = Field(min_length=1, description="What to make, in any order; `from:` makes the graph.")
     evaluation: EvaluationSettings = Field(EvaluationSettings(), description="How every stage is measured.")
+    launch: LaunchSettings = Field(LaunchSettings(), description="Processes that pretrain, sft, reward and dpo use.")
     log_to: list[Logger] = Field([], description="Where metrics go besides the registry.")

@@ -71,7 +71,9 @@ class TrainingSettings(StageSettings):
     batch_size: Count = Field(
         16, description="Rows (pairs) per optimiser step. Split to fit `batch_tokens`; the result is the same."
     )
-    batch_tokens: Count = Field(8192, description="Most tokens, padding included, that go through the model at once.")
+    batch_tokens: Count = Field(
+        8192, description="Most tokens that go through the model at once; padding counts where rows need it."
+    )
     max_length: Count | None = Field(
         None, description="Longest row in tokens; None: the model's context, at most 2048."
     )

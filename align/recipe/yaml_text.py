@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
@@ -93,9 +94,21 @@ def parse_yaml(text: str, source: str, *, numbered: bool = True) -> Node | None:
         return _Composer(yaml.parse(text, Loader=yaml.SafeLoader), source, numbered).document()
     except yaml.reader.ReaderError as error:
         where = Place(source, text.count("\n", 0, error.position) + 1 if numbered else 0)
-        raise AlignError(f"{where}: {_character(error.character)} does not belong into YAML.") from None
+        raise AlignError(f"{where}: {_character(error.character)} does not belong into YAML.", "Remove it.") from None
     except yaml.MarkedYAMLError as error:
         raise _not_yaml(error, text, source, numbered) from None
+
+
+def decoded(content: bytes, file: Path) -> str:
+    """The text of a YAML file. Raises AlignError naming the line that is not UTF-8."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise AlignError(
+            f"{file}:{line}: byte 0x{content[error.start]:02x} at offset {error.start} is not UTF-8.",
+            f"Save the file as UTF-8, for example: iconv -f latin1 -t utf-8 {file.name}",
+        ) from None
 
 
 def scalar(text: str, place: Place) -> Scalar:
@@ -150,7 +163,9 @@ class _Composer:
     def node(self, event: yaml.Event, depth: int) -> Node:
         place = self.place(event)
         if depth > MAX_DEPTH:
-            raise AlignError(f"{place}: lists and mappings are nested more than {MAX_DEPTH} deep.")
+            raise AlignError(
+                f"{place}: lists and mappings are nested more than {MAX_DEPTH} deep.", "Is this the right file?"
+            )
         if isinstance(event, yaml.AliasEvent):
             return self.alias(event.anchor, place)
         assert isinstance(event, yaml.ScalarEvent | yaml.SequenceStartEvent | yaml.MappingStartEvent)
@@ -176,15 +191,20 @@ class _Composer:
 
     def alias(self, anchor: str | None, place: Place) -> Node:
         if anchor is None or anchor not in self.anchors:
-            raise AlignError(f"{place}: *{anchor} has no &{anchor} above it.")
+            raise AlignError(
+                f"{place}: *{anchor} has no &{anchor} above it.",
+                f"Mark the value it repeats with &{anchor}, or quote it.",
+            )
         node = self.anchors[anchor]
         if node is None:
-            raise AlignError(f"{place}: *{anchor} stands inside of its own &{anchor}.")
+            raise AlignError(f"{place}: *{anchor} stands inside of its own &{anchor}.", "Write the value out.")
         return node
 
     def bounded(self, node: Node) -> Node:
         if node.size > MAX_VALUES:
-            raise AlignError(f"{node.place}: more than {MAX_VALUES:,} values, aliases expanded.")
+            raise AlignError(
+                f"{node.place}: more than {MAX_VALUES:,} values, aliases expanded.", "Write less, or fewer aliases."
+            )
         return node
 
     def sequence(self, place: Place, depth: int) -> Node:
@@ -229,11 +249,16 @@ class _Composer:
 
 
 def _whole_characters(text: str, place: Place) -> str:
-    """Joins escaped surrogate pairs, as JSON writes characters beyond U+FFFF. Raises AlignError on half a pair."""
+    """Joins escaped surrogate pairs, as JSON writes characters beyond U+FFFF. Raises AlignError on half a pair, and on NUL."""
+    if "\0" in text:
+        raise AlignError(f"{place}: \\0, the character U+0000, does not belong into a setting.", "Remove it.")
     try:
         return text.encode("utf-16", "surrogatepass").decode("utf-16")
     except UnicodeDecodeError:
-        raise AlignError(f"{place}: half of a surrogate pair (\\ud800 to \\udfff) is no character.") from None
+        raise AlignError(
+            f"{place}: half of a surrogate pair (\\ud800 to \\udfff) is no character.",
+            "Remove it, or write both halves.",
+        ) from None
 
 
 def _merged_entries(node: Node) -> Mapping[str, Node]:

@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from align.errors import AlignError, StageFailed
@@ -19,6 +19,7 @@ from align.registry.hashing import Manifest, file_marks, folder_manifest, sha256
 
 CLOCK_TICK_SECONDS = 0.02  # the coarsest step of file times on local file systems is 10 ms
 NEW = ".new-"
+REMOVED = ".removed-"
 
 
 def seal(folder: Path) -> Manifest:
@@ -33,7 +34,7 @@ def seal(folder: Path) -> Manifest:
         raise StageFailed(f"there is nothing in {folder} to register")
     with disk_errors_explained(folder):
         for path in files:
-            _sync(path)
+            sync(path)
             path.chmod(0o444)
     time.sleep(CLOCK_TICK_SECONDS)  # an edit after the hashing is then sure to get another time than the files have now
     manifest = folder_manifest(folder)
@@ -55,7 +56,7 @@ def publish(folder: Path, target: Path, manifest: Manifest) -> Manifest:
                 return folder_manifest(target)
             discard(target)
         folder.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
     return manifest
 
 
@@ -86,23 +87,33 @@ def discard(folder: Path) -> None:
     """Removes a folder by way of another name, so that a crash half way leaves nothing half under the old one."""
     if not folder.is_dir():
         return
-    doomed = folder.with_name(f".removed-{folder.name}-{os.getpid()}-{time.monotonic_ns()}")
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
+    doomed = folder.with_name(f"{REMOVED}{folder.name}-{os.getpid()}-{time.monotonic_ns()}")
+    with suppress(FileNotFoundError):  # another process may be sweeping the same folder
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
 
 
 def write_synced(path: Path, text: str) -> None:
     """Replaces a small file, whole or not at all, on disk when this returns."""
     aside = path.with_name(f".{path.name}-{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    _sync(aside)
-    aside.replace(path)
-    _sync(path.parent)
+    try:
+        aside.write_text(text, encoding="utf-8")
+        sync(aside)
+        aside.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
 
 
 def folder_size(folder: Path) -> int:
     """Bytes of everything below `folder`."""
-    return sum(path.lstat().st_size for path in _everything(folder))
+    size = 0
+    for path in _everything(folder):
+        with suppress(FileNotFoundError):  # its owner may be sweeping it
+            size += path.lstat().st_size
+    return size
 
 
 def _everything(folder: Path) -> list[Path]:
@@ -112,10 +123,11 @@ def _everything(folder: Path) -> list[Path]:
 
 def _sync_folders(folder: Path) -> None:
     for path in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
-        _sync(path)
+        sync(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Puts a file, or the names in a folder, on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -125,7 +137,7 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def disk_errors_explained(place: Path) -> Iterator[None]:
-    """Turns a full or read-only disk below the block into StageFailed or AlignError; other errors pass."""
+    """Turns a full, broken or read-only disk below the block into StageFailed or AlignError; other errors pass."""
     try:
         yield
     except AlignError:
@@ -139,6 +151,9 @@ def disk_errors_explained(place: Path) -> Iterator[None]:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             hint = "Set ALIGN_HOME to a folder that you may write."
             raise AlignError(f"{place} cannot be written: {error.strerror}", hint) from error
+        if error.errno == errno.EIO:
+            hint = "The disk reports an error; nothing was registered. Look at the disk, then resume."
+            raise StageFailed(f"{place} cannot be read or written: {error.strerror}", hint) from error
         raise
 
 

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from align.registry import queries
 from align.registry.artifacts import NEW, discard, folder_size
-from align.registry.locks import is_held
+from align.registry.locks import FileLock, is_held
 from align.registry.records import CheckpointRecord, DataRecord, RunRecord
 from align.registry.references import ids_in
-from align.registry.registration import FOLDERS, PENDING, clear_work, home_lock
+from align.registry.registration import FOLDERS, PENDING, clear_work, disposable, home_lock
 
 if TYPE_CHECKING:
     from align.registry.database import Database
@@ -58,10 +58,20 @@ def collect(database: Database, home: Path, *, dry_run: bool) -> list[Removal]:
         delete_rows(database, [r.numbers for r in removals if r.what == "data"], "datasets")
         for removal in removals:
             if removal.what == "state":
-                clear_work(removal.path)
+                _clear_unless_held(removal.path)
             else:
                 discard(removal.path)
     return removals
+
+
+def _clear_unless_held(work: Path) -> None:
+    """Drops the state of a run that nobody works on now."""
+    lock = FileLock(work / "lock")
+    if work.is_dir() and lock.acquire(wait_seconds=0):
+        try:
+            clear_work(work)
+        finally:
+            lock.release()
 
 
 def delete_rows(database: Database, groups: Iterable[Sequence[int]], table_name: str) -> None:
@@ -95,7 +105,8 @@ def pinning_runs(database: Database, home: Path) -> list[RunRecord]:
 def _removals(database: Database, home: Path) -> list[Removal]:
     checkpoints = queries.checkpoints(database, home)
     data = queries.datasets(database, home)
-    pins = pinning_runs(database, home)
+    ended = [run for run in queries.runs(database, home) if run.status != "running"]
+    pins = pinning_runs(database, home)  # after all that is to be judged: what began meanwhile keeps its inputs
     inputs = {found for run in pins for found in ids_in(run.inputs_json)}
     makers = {row["id"]: ids_in(row["inputs"]) for row in database.read("SELECT id, inputs FROM runs")}
     roots = inputs | {r.id for r in checkpoints if r.tags} | _newest(checkpoints) | _newest(data)
@@ -104,7 +115,7 @@ def _removals(database: Database, home: Path) -> list[Removal]:
         *_superseded(checkpoints, kept, "checkpoint"),
         *_superseded(data, kept, "data"),
         *_leftovers(database, home),
-        *_dead_state(database, home, {run.id for run in pins}),
+        *_dead_state(ended, {run.id for run in pins}),
     ]
 
 
@@ -152,9 +163,7 @@ def _superseded(records: Sequence[AnyRecord], kept: set[str], what: Literal["che
 
 
 def _leftovers(database: Database, home: Path) -> list[Removal]:
-    pending = [
-        entry for path in home.glob(f"runs/*/{PENDING}") for entry in json.loads(path.read_text(encoding="utf-8"))
-    ]
+    pending = [entry for path in home.glob(f"runs/*/{PENDING}") for entry in _entries(path)]
     known = queries.artifact_paths(database)
     known |= {f"{FOLDERS[entry['table']]}/{entry['id'][:16]}" for entry in pending}
     known |= {f"runs/{row['id']}" for row in database.read("SELECT id FROM runs")}
@@ -166,18 +175,34 @@ def _leftovers(database: Database, home: Path) -> list[Removal]:
     ]
 
 
+def _entries(pending: Path) -> list[dict[str, Any]]:
+    """Artifacts that a run is about to record; none when it has just done so."""
+    try:
+        return list(json.loads(pending.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return []
+
+
 def _in_use(folder: Path) -> bool:
-    """A run that begins, or a folder that somebody may still be filling."""
-    young = time.time() - folder.stat().st_mtime < DAY_SECONDS
-    return is_held(folder / "lock") or (folder.name.startswith(NEW) and young)
+    """A run that begins, or a folder that somebody may still be filling; one that has just gone needs no sweeping."""
+    try:
+        young = time.time() - folder.stat().st_mtime < DAY_SECONDS
+        unlocked = folder.parent.name == "runs" and not (folder / "lock").exists()  # it is about to take its lock
+        return is_held(folder / "lock") or (young and (unlocked or folder.name.startswith(NEW)))
+    except FileNotFoundError:
+        return True
 
 
-def _dead_state(database: Database, home: Path, pinned: set[str]) -> list[Removal]:
+def _dead_state(ended: Sequence[RunRecord], pinned: set[str]) -> list[Removal]:
     return [
-        Removal("state", run.id, f"{run.recipe}/{run.stage}", run.work, size, _why_dead(run))
-        for run in queries.runs(database, home)
-        if run.id not in pinned and (size := folder_size(run.work / "state") + folder_size(run.work / "artifact"))
+        Removal("state", run.id, f"{run.recipe}/{run.stage}", run.work, _state_size(run), _why_dead(run))
+        for run in ended
+        if run.id not in pinned and any(path.exists() for path in (*disposable(run.work), run.work / PENDING))
     ]
+
+
+def _state_size(run: RunRecord) -> int:
+    return sum(folder_size(folder) for folder in disposable(run.work))
 
 
 def _why_dead(run: RunRecord) -> str:

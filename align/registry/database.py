@@ -63,7 +63,7 @@ class SqliteDatabase:
             return self._select(sql, values, "mode=rw")
         except sqlite3.OperationalError as error:
             if "readonly" not in str(error) and "unable to open" not in str(error):
-                raise
+                raise _explained(self._path, error) from error
             self._refuse_unfinished_log()
             return self._select(sql, values, "immutable=1")  # a read-only disk has no room for WAL's shared memory
         except sqlite3.DatabaseError as error:
@@ -202,6 +202,8 @@ def _explained(path: Path, error: BaseException) -> BaseException:
         return AlignError(f"the registry {path} cannot be written: {text}", "Check the permissions, or set ALIGN_HOME.")
     if "disk is full" in text:
         return StageFailed(f"the registry {path} cannot be written: {text}", "Free some space; nothing was registered.")
+    if "disk I/O" in text:
+        return StageFailed(f"the registry {path} cannot be used: {text}", "Look at the disk; nothing was registered.")
     if "locked" in text:
         return StageFailed(f"the registry {path} stayed locked by another process for {BUSY_SECONDS} s", "Try again.")
     return _damaged(path, error) if "malformed" in text or "not a database" in text else error

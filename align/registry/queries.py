@@ -25,7 +25,7 @@ CHECKPOINTS = """
 """
 DATA = """
     SELECT d.*, a.path, a.size FROM datasets d JOIN artifacts a ON a.id = d.artifact
-    WHERE {condition} ORDER BY d.number DESC
+    WHERE {condition} ORDER BY d.number DESC LIMIT {limit}
 """
 RUNS = "SELECT * FROM runs r WHERE {condition} ORDER BY r.number DESC LIMIT {limit}"
 
@@ -39,9 +39,12 @@ def checkpoints(
     return [_checkpoint(row, home, tuple(tags.get(row["number"], ()))) for row in rows]
 
 
-def datasets(database: Database, home: Path, condition: str = ALL, **values: Any) -> list[DataRecord]:
+def datasets(
+    database: Database, home: Path, condition: str = ALL, limit: int | None = None, **values: Any
+) -> list[DataRecord]:
     """Data sets for which the SQL condition holds, newest first. Tables: d, a (artifacts)."""
-    return [_data(row, home) for row in database.read(DATA.format(condition=condition), **values)]
+    rows = database.read(DATA.format(condition=condition, limit=limit or EVERYTHING), **values)
+    return [_data(row, home) for row in rows]
 
 
 def runs(

@@ -1,8 +1,9 @@
-"""After a crash between the hashing of a result and its row: finishes what was ready. Nothing here guesses."""
+"""After a crash or a full disk between the hashing of a result and its row: finishes what was ready. Nothing here guesses."""
 
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,14 +18,14 @@ if TYPE_CHECKING:
 
 
 def recover(database: Database, home: Path) -> list[str]:
-    """Finishes what runs had ready when they were killed between hashing and recording. Returns the ids of those runs.
+    """Finishes what runs had ready when they ended between hashing and recording. Returns the ids of those runs.
 
     Needs the lock of the home folder to be free; a run that lives is left alone.
     """
     return [
         record.id
-        for record in queries.runs(database, home, "r.status = 'running'")
-        if record.status == "crashed" and (record.work / PENDING).exists() and _finish(database, home, record)
+        for record in queries.runs(database, home, "r.status <> 'finished'")
+        if record.status != "running" and (record.work / PENDING).exists() and _finish(database, home, record)
     ]
 
 
@@ -33,6 +34,8 @@ def _finish(database: Database, home: Path, record: RunRecord) -> bool:
     if not lock.acquire():
         return False
     try:
+        if not (record.work / PENDING).exists():
+            return False  # another process was first
         ready: list[tuple[Output, Manifest]] = []
         for entry in json.loads((record.work / PENDING).read_text(encoding="utf-8")):
             output = Output(entry["table"], home / entry["folder"], entry["columns"])
@@ -41,7 +44,8 @@ def _finish(database: Database, home: Path, record: RunRecord) -> bool:
                 return False
             ready.append((output, manifest))
         publish_all(database, home, ready, record.id)
-        clear_work(record.work)
+        with suppress(OSError):  # it is registered all the same; gc sweeps what is left
+            clear_work(record.work)
     finally:
         lock.release()
     return True

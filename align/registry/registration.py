@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from align.registry.artifacts import discard, disk_errors_explained, publish, seal, write_synced
+from align.registry.artifacts import REMOVED, discard, disk_errors_explained, publish, seal, write_synced
 from align.registry.hashing import Manifest
 from align.registry.locks import FileLock
 
@@ -44,9 +44,10 @@ class Output:
 
 def register(database: Database, home: Path, outputs: Sequence[Output], run_id: str | None) -> list[int]:
     """Seals, publishes and records the outputs; with them, the run is finished. Returns the numbers of their rows."""
-    manifests = [seal(output.folder) for output in outputs]
-    if run_id is not None:
-        write_synced(home / "runs" / run_id / PENDING, _pending_text(home, outputs, manifests))
+    with disk_errors_explained(home):
+        manifests = [seal(output.folder) for output in outputs]
+        if run_id is not None:
+            write_synced(home / "runs" / run_id / PENDING, _pending_text(home, outputs, manifests))
     return publish_all(database, home, list(zip(outputs, manifests)), run_id)
 
 
@@ -72,9 +73,15 @@ def now() -> str:
 
 def clear_work(work: Path) -> None:
     """Drops what only an unfinished run needs; the log stays."""
-    for name in ("state", "artifact"):
-        discard(work / name)
-    (work / PENDING).unlink(missing_ok=True)
+    for folder in disposable(work):
+        discard(folder)
+    for file in (*work.glob(f".{PENDING}-*"), work / PENDING):
+        file.unlink(missing_ok=True)
+
+
+def disposable(work: Path) -> list[Path]:
+    """Folders that only an unfinished run needs, and what a killed sweep left of such."""
+    return [work / "state", work / "artifact", *work.glob(f"{REMOVED}*")]
 
 
 def publish_all(

@@ -76,11 +76,13 @@ class Run:
         from align.registry.schema import runs
 
         with self._locked() as connection:
-            connection.execute(update(runs).where(runs.c.id == self.id).values(_running()))
+            unfinished = update(runs).where(runs.c.id == self.id, runs.c.status != "finished")
+            if not connection.execute(unfinished.values(_running())).rowcount:
+                raise AlignError(f"run {self.id} was finished by another process just now", "Run the command again.")
 
     def log(self, text: str) -> None:
         """Appends one line to the run's log."""
-        with self._log.open("a", encoding="utf-8") as stream:
+        with disk_errors_explained(self.work), self._log.open("a", encoding="utf-8") as stream:
             stream.write(text + "\n")
 
     def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
@@ -148,6 +150,10 @@ class Run:
         try:
             if not self._finished:
                 self._record_end(error or StageFailed("the run ended without a result"))
+        except AlignError:
+            if error is None:
+                raise
+            # what ended the run is to be told, not that the registry had no room for it; it shows as crashed
         finally:
             self._lock.release()
 
@@ -172,7 +178,8 @@ class Run:
     def _register(self, outputs: Sequence[Output]) -> list[int]:
         numbers = register(self._database, self._home, outputs, self.id)
         self._finished = True
-        clear_work(self.work)
+        with suppress(OSError):  # it is registered all the same; gc sweeps what is left
+            clear_work(self.work)
         return numbers
 
     def _record_end(self, error: BaseException) -> None:
@@ -182,7 +189,7 @@ class Run:
 
         status = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
         message = error.message if isinstance(error, AlignError) else f"{type(error).__name__}: {error}"
-        with suppress(OSError):  # a full disk has no room for its own story
+        with suppress(AlignError):  # a full disk has no room for its own story
             self.log(f"{status}: {message}")
         with self._database.write() as connection:
             ended = {"status": status, "message": message, "ended": now()}

@@ -49,7 +49,8 @@ class Registry:
         if create:
             _make_folders(place)
         database = _connect(place, url or os.environ.get("ALIGN_REGISTRY_URL") or None, create=create)
-        check_identity(database, place, create=create)
+        with disk_errors_explained(place):
+            check_identity(database, place, create=create)
         return cls(place, database)
 
     # Data sets
@@ -89,9 +90,9 @@ class Registry:
         by_id = self._datasets("d.artifact LIKE :start", start=f"{name}%") if is_id(name, prefix) else []
         return only_one(by_id, "data set", reference, {record.name for record in self.all_data()})
 
-    def all_data(self) -> list[DataRecord]:
-        """All data sets, newest first."""
-        return self._datasets()
+    def all_data(self, limit: int | None = None) -> list[DataRecord]:
+        """All data sets, or the newest `limit`, newest first."""
+        return self._datasets(limit=limit)
 
     # Runs
 
@@ -176,6 +177,10 @@ class Registry:
     def all_checkpoints(self, limit: int | None = None) -> list[CheckpointRecord]:
         """All checkpoints, or the newest `limit`, newest first."""
         return self._checkpoints(limit=limit)
+
+    def checkpoints_of(self, run_id: str) -> list[CheckpointRecord]:
+        """What a run made, newest first."""
+        return self._checkpoints("c.run = :run", run=run_id)
 
     def files(self, record: CheckpointRecord | DataRecord) -> Manifest:
         """Files of an artifact as they were registered: hashes and sizes."""
@@ -270,11 +275,10 @@ class Registry:
 
     def check_folder(self, folder: Path) -> None:
         """As `check_unchanged` for the checkpoint that lies in `folder`, if one does."""
-        place = folder.resolve()
-        for record in self.all_checkpoints():
-            if record.path.resolve() == place:
-                self.check_unchanged(record)
-                return
+        place, home = folder.resolve(), self.home.resolve()
+        path = place.relative_to(home).as_posix() if place.is_relative_to(home) else ""
+        for record in self._checkpoints("a.path = :path", limit=1, path=path):
+            self.check_unchanged(record)
 
     def remove(self, reference: str) -> CheckpointRecord:
         """Removes a checkpoint. Raises AlignError when something was made from it, uses it now, or a tag points to it."""

@@ -23,6 +23,7 @@ from align.report.ppo_view import PpoView, ppo_view
 from align.report.samples_view import MOST_SAMPLES, Sample, samples_view
 from align.report.settings_view import SettingsView, settings_view
 from align.report.stage_facts import StageFacts
+from align.signs import Series, signs
 
 KINDS = {
     "pretrain": "Pretraining",
@@ -67,6 +68,7 @@ class StageView:
     identifier: str
     sentence: str
     problem: str
+    signs: Sequence[str]
     headline: Change | None
     chip: Chip
     headline_chart: Markup
@@ -102,6 +104,7 @@ def stage_view(stage: StageFacts, chain: Chain) -> StageView:
         identifier=words.short(record.id) if record else "",
         sentence=_sentence(stage, chain),
         problem=_problem(stage),
+        signs=list(signs(stage.kind, stage.settings, _log(stage)).values()),
         headline=main,
         chip=_stage_chip(stage, main, metrics),
         headline_chart=comparisons.whiskers(main) if main else Markup(""),
@@ -198,6 +201,11 @@ def _problem(stage: StageFacts) -> str:
     reason = stage.run.message or "no reason was recorded"
     what = "data" if stage.kind == "critique" else "checkpoint"
     return f"This stage made no {what}. Its run {words.short(stage.run.id)} is {stage.run.status}: {reason}"
+
+
+def _log(stage: StageFacts) -> dict[str, Series]:
+    names = ("train.loss", "train.grad_norm")
+    return {name: [(row.step, row.value) for row in stage.curves if row.name == name] for name in names}
 
 
 def _figures(metrics: Mapping[str, Any]) -> Iterator[Figure]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, overload
 
 from torch import nn
 
@@ -35,7 +35,7 @@ from align.trainer import Task, autocast, train
 
 def run(settings: DpoSettings, inputs: Inputs, folder: Path, progress: Progress) -> Outcome:
     """Train on pairs (KTO: on rated replies). Measured on held-out pairs and questions, before and after."""
-    stage = _Dpo(settings, inputs, Desk.open(settings, inputs.parent, inputs.template), progress)
+    stage = _Dpo(settings, inputs, Desk.open(settings, inputs.parent, inputs.template, inputs.cache), progress)
     model = stage.open(trainable=True)
     bench = Bench(stage.desk, inputs, progress)
     rows = stage.rows(model, inputs.data.train, "training")
@@ -59,6 +59,28 @@ def run(settings: DpoSettings, inputs: Inputs, folder: Path, progress: Progress)
         samples=samples(before, after, inputs.evaluation.samples),
         lengths=lengths,
     )
+
+
+class ComparedPairs(Sequence[ComparedPair]):
+    """Pairs with the log-probabilities of their sides, (2N,), those of a pair side by side."""
+
+    def __init__(self, pairs: Sequence[EncodedPair], logps: Sequence[float]) -> None:
+        self.pairs, self.logps = pairs, logps
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    @overload
+    def __getitem__(self, place: int) -> ComparedPair: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[ComparedPair]: ...
+
+    def __getitem__(self, place: int | slice) -> ComparedPair | Sequence[ComparedPair]:
+        if isinstance(place, slice):
+            return [self[number] for number in range(*place.indices(len(self)))]
+        number = range(len(self))[place]
+        return ComparedPair(self.pairs[number], *self.logps[2 * number : 2 * number + 2])
 
 
 @dataclass(frozen=True)
@@ -90,19 +112,17 @@ class _Dpo:
             return RatedLoss(loss, beta=beta, batch_tokens=self.settings.batch_tokens)
         return PreferenceLoss(loss, beta=beta)
 
-    def rows(self, model: nn.Module, examples: Sequence[Any], what: str) -> list[Any]:
+    def rows(self, model: nn.Module, examples: Sequence[Any], what: str) -> Sequence[Any]:
         """Encoded rows with their reference log-probabilities; `model` must still be the reference."""
         if isinstance(self.settings.loss, KtoLoss):
             return self._rated_rows(model, [part for example in examples for part in _rated(example)], what)
-        pairs: list[EncodedPair] = self.desk.rows(examples, what)
+        pairs = self.desk.rows(examples, what, self.progress)
         if not isinstance(self.settings.loss, SigmoidLoss) and any(p.probability not in (None, 1.0) for p in pairs):
             raise AlignError(
                 f"the {what} pairs have soft labels (probability), and loss '{self.settings.loss.kind}' cannot use them",
                 "Use loss: sigmoid, or remove the column.",
             )
-        sides = [side for pair in pairs for side in (pair.chosen, pair.rejected)]
-        logps = as_floats(self._reference(model, sides).sums)
-        return [ComparedPair(pair, *logps[2 * i : 2 * i + 2]) for i, pair in enumerate(pairs)]
+        return ComparedPairs(pairs, as_floats(self._reference(model, pairs.sides()).sums))
 
     def ranking(self, model: nn.Module, rows: Sequence[Any]) -> dict[str, Any]:
         """Accuracy and margin of the implicit reward on held-out pairs, before (the reference) and after; {} for KTO."""

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from align.chat.bulk import encode_rows
 from align.chat.encoder import Encoder
+from align.chat.stored import StoredRows
 from align.chat.templates import check_template, prepare_tokenizer, template_sha256
-from align.data.examples import Conversation, Document, Example, Preference, Rated
+from align.data.examples import Example
 from align.errors import AlignError
 from align.models.folders import load_tokenizer, model_config
 from align.models.source import Source
+from align.progress import Progress
 from align.recipe.settings import TrainingSettings
 
 LONGEST_ROW = 2048  # tokens; max_length where the recipe gives none and the model could take more
@@ -27,11 +30,13 @@ class Desk:
     encoder: Encoder
     max_length: int
     context: int
+    kept: Path | None = None
 
     @classmethod
-    def open(cls, settings: TrainingSettings, parent: Source, template: str | None) -> Desk:
+    def open(cls, settings: TrainingSettings, parent: Source, template: str | None, kept: Path | None = None) -> Desk:
         """Tokenizer of the parent, with our template where it has none, and an encoder for these settings.
 
+        kept: folder in which encoded rows are kept by content; None: they are not.
         Raises AlignError when the template does not hold what it must, or max_length is beyond the model's context.
         """
         tokenizer = load_tokenizer(parent)
@@ -46,34 +51,22 @@ class Desk:
             cut_prompt=settings.cut_prompt,
             train_on=getattr(settings, "train_on", "assistant"),
         )
-        return cls(tokenizer, encoder, longest, context)
+        return cls(tokenizer, encoder, longest, context, kept)
 
     @property
     def template_sha256(self) -> str:
         """Hash of the template that every row goes through."""
         return template_sha256(self.tokenizer)
 
-    def rows(self, examples: Sequence[Example], what: str) -> list[Any]:
+    def rows(self, examples: Sequence[Example], what: str, progress: Progress | None = None) -> StoredRows:
         """Encoded rows, without those that the length policy drops. Raises AlignError when none of them is left."""
-        found = [row for example in examples for row in self._encoded(example) if row is not None]
+        found = encode_rows(self.encoder, examples, self.kept, progress or Progress())
         if examples and not found:
             raise AlignError(
                 f"none of the {len(examples)} {what} rows is left: {_reasons(self.encoder.lengths.as_dict())}",
                 f"Raise max_length (now {self.max_length}), or set too_long: cut or cut_prompt: true.",
             )
         return found
-
-    def _encoded(self, example: Example) -> Sequence[Any]:
-        match example:
-            case Document():
-                return self.encoder.documents(example)
-            case Conversation():
-                return [self.encoder.conversation(example)]
-            case Preference():
-                return [self.encoder.preference(example)]
-            case Rated():
-                return [self.encoder.rated(example)]
-        raise AssertionError("a prompt alone is not trained on")
 
 
 def context_of(parent: Source) -> int:

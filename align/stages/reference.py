@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +17,7 @@ from align.progress import Progress
 from align.registry.hashing import sha256_json
 from align.rollout.scoring import AnswerLogps, answer_logps
 
-VERSION = 1  # raised whenever the same ingredients would give other numbers
+VERSION = 2  # raised whenever the same ingredients would give other numbers
 
 
 def reference_logps(
@@ -26,9 +28,7 @@ def reference_logps(
     kept: folder of what is known. ingredients: what the model's numbers depend on besides the version of torch (its
     content id, the device, the arithmetic, ...).
     """
-    key = sha256_json(
-        [VERSION, torch.__version__, *ingredients, [[row.ids, [int(t) for t in row.trained]] for row in rows]]
-    )
+    key = sha256_json([VERSION, torch.__version__, *ingredients, _sha256(rows)])
     file = kept / "reference" / f"{key}.safetensors"
     if file.is_file():
         tensors = load_file(file)
@@ -39,6 +39,14 @@ def reference_logps(
     save_file({"sums": found.sums.contiguous(), "tokens": found.tokens.contiguous()}, aside)
     aside.rename(file)
     return found
+
+
+def _sha256(rows: Sequence[Encoded]) -> str:
+    """Hash of the rows, one at a time."""
+    found = hashlib.sha256()
+    for row in rows:
+        found.update(json.dumps([row.ids, list(map(int, row.trained))]).encode())
+    return found.hexdigest()
 
 
 def rotated(rows: Sequence[Encoded], prompts: Sequence[int], longest: int) -> list[Encoded]:

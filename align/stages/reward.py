@@ -30,10 +30,10 @@ def run(settings: RewardSettings, inputs: Inputs, folder: Path, progress: Progre
             "Put a merge stage between, or leave `adapter:` out.",
         )
     parent = inputs.parent
-    desk = Desk.open(settings, parent, inputs.template)
-    pairs = desk.rows(inputs.data.train, "training")
+    desk = Desk.open(settings, parent, inputs.template, inputs.cache)
+    pairs = desk.rows(inputs.data.train, "training", progress)
     lengths = desk.encoder.lengths.as_dict()
-    held_out = desk.rows(inputs.data.test, "held-out")
+    held_out = desk.rows(inputs.data.test, "held-out", progress)
     model = load_reward(
         parent if parent.is_reward else materialize(parent, inputs.work / "merged"),
         quantize=settings.quantize,

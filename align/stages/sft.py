@@ -20,11 +20,11 @@ from align.trainer import Task, train
 
 def run(settings: SftSettings | PretrainSettings, inputs: Inputs, folder: Path, progress: Progress) -> Outcome:
     """Train on the rows of `inputs.data`; held-out loss and answers are measured before and after."""
-    desk = Desk.open(settings, inputs.parent, inputs.template)
+    desk = Desk.open(settings, inputs.parent, inputs.template, inputs.cache)
     bench = Bench(desk, inputs, progress)
-    rows = desk.rows(inputs.data.train, "training")
+    rows = desk.rows(inputs.data.train, "training", progress)
     lengths = desk.encoder.lengths.as_dict()
-    held_out = desk.rows(inputs.data.test, "held-out")[: inputs.evaluation.rows]
+    held_out = desk.rows(inputs.data.test, "held-out", progress)[: inputs.evaluation.rows]
     model = load_policy(
         inputs.parent,
         quantize=settings.quantize,

@@ -39,7 +39,7 @@ def read_file_or_data_set(reference: str) -> list[Example]:
     except AlignError as error:
         raise AlignError(error.message, f"{error.hint} A file of that name is not there either.".strip()) from error
     registry.check_unchanged(record)
-    rows = read_prepared(record.path).test
+    rows = list(read_prepared(record.path).test)
     if not rows:
         raise AlignError(f"data set {record.name} has no held-out rows", "Set test_fraction, or name a file.")
     return rows
