@@ -238,7 +238,7 @@ def _execute(
             tokenizer_sha256=_tokenizer_sha256(run.artifact),
             metrics={**outcome.metrics, "lengths": outcome.lengths} if outcome.lengths else outcome.metrics,
             samples=outcome.samples,
-            versions=library_versions(),
+            versions=_made_with(),
         )
 
 
@@ -255,7 +255,7 @@ def _recorded_data(
     told = {
         "name": workshop.full_name(name), "kind": workshop.stage(name).kind, "template_sha256": outcome.template_sha256,
         "counts": outcome.counts, "metrics": outcome.metrics, "samples": outcome.samples,
-        "ingredients": dict(ingredients), "versions": library_versions(),
+        "ingredients": dict(ingredients), "versions": _made_with(),
     }  # fmt: skip
     new = []
     for output, prepared in outcome.outputs.items():
@@ -264,6 +264,15 @@ def _recorded_data(
         info = {**prepared.report.as_dict(), "stage": told}
         new.append(NewData(f"{workshop.full_name(name)}.{output}", output_key(key, output), folder, info))
     return StageData(dict(zip(outcome.outputs, run.finish_data(new), strict=True)))
+
+
+def _made_with() -> dict[str, str]:
+    """Versions, and what else of this process changes the last bits of numbers."""
+    import torch
+
+    from align.models.hardware import device
+
+    return {**library_versions(), "threads": str(torch.get_num_threads()), "device": str(device())}
 
 
 def _tokenizer_sha256(folder: Path) -> str | None:

@@ -1,4 +1,4 @@
-"""What is refused before anything trains: adapters that do not fit, damaged weights, wishes that contradict (A32)."""
+"""What is refused before anything trains: adapters that do not fit, damaged weights, wishes that contradict."""
 
 from __future__ import annotations
 

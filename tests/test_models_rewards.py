@@ -1,4 +1,4 @@
-"""One text, one reward: whatever stands beside it in the batch, wherever the padding is, before saving and after (A14-A16)."""
+"""One text, one reward: whatever stands beside it in the batch, wherever the padding is, before saving and after."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokens that a template adds are trained, saved, merged and read back, with tied embeddings and without (A34)."""
+"""Tokens that a template adds are trained, saved, merged and read back, with tied embeddings and without."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ def test_seeds_decide_the_adapter_and_leave_the_global_generator_alone(tiny_llam
     assert any(not torch.equal(one[name], other[name]) for name in one)
 
 
-# Quantized bases (A46) -------------------------------------------------------------------------------------------------
+# Quantized bases -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("way", ["nf4", "nf4-dora", "int8", "int8-dora"])

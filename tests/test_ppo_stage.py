@@ -163,7 +163,7 @@ def test_padded_rows_give_the_same_policy_as_packed_ones(
 
 
 def test_pad_that_is_the_stop_token_changes_nothing(base: Path, tmp_path: Path) -> None:
-    """Masks come from lengths: a stop token in a prompt, or at the end of a response, is a token (A28)."""
+    """Masks come from lengths: a stop token in a prompt, or at the end of a response, is a token."""
     from transformers import AutoTokenizer
 
     folder = tmp_path / "pad-is-eos"

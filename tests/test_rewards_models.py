@@ -1,4 +1,4 @@
-"""Rewards of a model: `align score`'s own numbers, whatever the policy's tokenizer, the batch or the padding (A14, A15)."""
+"""Rewards of a model: `align score`'s own numbers, whatever the policy's tokenizer, the batch or the padding."""
 
 from __future__ import annotations
 

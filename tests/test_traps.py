@@ -68,7 +68,7 @@ def command(
 
 
 def test_rows_that_are_dropped_for_their_length_are_counted_before_training(command: Callable[..., str]) -> None:
-    """A04: nine of twelve rows whose prompts leave no room for an answer."""
+    """Nine of twelve rows whose prompts leave no room for an answer."""
     rows = [{"prompt": f"{n} " + "long " * 30, "completion": "ok"} for n in range(9)]
     rows += [{"prompt": f"{n}?", "completion": "ok"} for n in range(3)]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -82,7 +82,7 @@ def test_rows_that_are_dropped_for_their_length_are_counted_before_training(comm
 
 
 def test_the_first_trained_token_stands_right_behind_the_prompt(tiny_llama: Path) -> None:
-    """A07, A06: a prompt's length is that of its ids, and the answer is tokenised apart from it."""
+    """A prompt's length is that of its ids, and the answer is tokenised apart from it."""
     tokenizer = load_tokenizer(source_of(tiny_llama))
     prepare_tokenizer(tokenizer)
     encoder = Encoder(tokenizer, max_length=200)
@@ -95,7 +95,7 @@ def test_the_first_trained_token_stands_right_behind_the_prompt(tiny_llama: Path
 
 
 def test_training_ids_are_those_that_the_saved_tokenizer_makes(tiny_llama: Path, tmp_path: Path) -> None:
-    """A09: what was trained on is what plain transformers renders from the saved folder, in another process as well."""
+    """What was trained on is what plain transformers renders from the saved folder, in another process as well."""
     from transformers import AutoTokenizer
 
     tokenizer = load_tokenizer(source_of(tiny_llama))
@@ -131,7 +131,7 @@ def pairs() -> list[ComparedPair]:
     "loss", [SigmoidLoss(), IpoLoss(kind="ipo"), OrpoLoss(kind="orpo")], ids=["sigmoid", "ipo", "orpo"]
 )
 def test_a_step_of_pairs_is_the_same_however_it_is_cut(tiny_llama: Path, tmp_path: Path, loss: object) -> None:
-    """A10: nine pairs at once, and nine times one; the loss of the last step and the weights."""
+    """Nine pairs at once, and nine times one; the loss of the last step and the weights."""
     found: list[tuple[float, torch.Tensor]] = []
     for budget in (4096, 1):
         model = load_policy(source_of(tiny_llama), trainable=True, precision="float32")
@@ -150,7 +150,7 @@ def test_a_step_of_pairs_is_the_same_however_it_is_cut(tiny_llama: Path, tmp_pat
 
 
 def test_two_passes_over_a_model_with_dropout_agree_to_the_bit(tiny_gpt2: Path) -> None:
-    """A18: log-probabilities of policy and reference are those of the model without its dropout, while it trains too."""
+    """Log-probabilities of policy and reference are those of the model without its dropout, while it trains too."""
     model: nn.Module = load_policy(source_of(tiny_gpt2), trainable=True, precision="float32").train()
     rows = [Encoded([5, 6, 7, 8, 9], [False, False, True, True, True])]
     with torch.no_grad():
@@ -161,7 +161,6 @@ def test_two_passes_over_a_model_with_dropout_agree_to_the_bit(tiny_gpt2: Path) 
 
 
 def test_a_response_that_was_cut_loses_the_penalty_once_and_one_that_ended_loses_nothing() -> None:
-    """A29."""
     collector = SimpleNamespace(settings=ppo_settings(missing_stop_penalty=0.75))
     replies = [SimpleNamespace(finished=True), SimpleNamespace(finished=False)]
     shaped = Collector._shaped(collector, torch.tensor([1.0, 1.0]), replies)  # type: ignore[arg-type]
@@ -169,7 +168,7 @@ def test_a_response_that_was_cut_loses_the_penalty_once_and_one_that_ended_loses
 
 
 def test_no_number_of_a_round_depends_on_its_padding() -> None:
-    """A30: rewards, KL, entropy, lengths and the rest, with three columns of filler behind the responses and without."""
+    """Rewards, KL, entropy, lengths and the rest, with three columns of filler behind the responses and without."""
     generator = torch.Generator().manual_seed(0)
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool()
     tables = {
@@ -208,7 +207,7 @@ class Hungry(PreferenceLoss):
 
 
 def test_running_out_of_memory_says_what_to_lower_and_changes_no_batch(tiny_llama: Path, tmp_path: Path) -> None:
-    """B14: nothing is tried again in secret with another batch."""
+    """Nothing is tried again in secret with another batch."""
     model = load_policy(source_of(tiny_llama), trainable=True, precision="float32")
     settings = DpoSettings.model_validate(
         {"kind": "dpo", "data": "x", "batch_size": 3, "epochs": 2, "precision": "float32"}
@@ -229,7 +228,7 @@ def keys_of(workshop: Workshop) -> dict[str, str]:
 
 
 def test_another_template_or_tokenizer_is_another_stage(tiny_llama: Path, tmp_path: Path) -> None:
-    """A42: what was tokenised otherwise is never reused, though data, recipe and weights are the same."""
+    """What was tokenised otherwise is never reused, though data, recipe and weights are the same."""
     model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
     bench = bench_in(tmp_path, model)
     few = ("stages.sft.max_steps=1",)
@@ -247,7 +246,7 @@ def test_another_template_or_tokenizer_is_another_stage(tiny_llama: Path, tmp_pa
 
 
 def test_libraries_below_a_version_that_runs_code_from_weights_cannot_be_installed() -> None:
-    """C02: CVE-2025-32434 and CVE-2026-24747 (torch below 2.10), CVE-2026-1839 (transformers below 5)."""
+    """CVE-2025-32434 and CVE-2026-24747 (torch below 2.10), CVE-2026-1839 (transformers below 5)."""
     project = tomllib.loads((Path(align.__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lowest = dict(one.split(">=") for one in project["dependencies"])
     numbers = {name: tuple(map(int, lowest[name].split("."))) for name in ("torch", "transformers", "jinja2")}
@@ -257,7 +256,7 @@ def test_libraries_below_a_version_that_runs_code_from_weights_cannot_be_install
 
 
 def test_nothing_is_exported_as_a_table_in_which_a_cell_could_be_a_formula() -> None:
-    """C14: no command writes CSV; if one ever does, its cells have to be quoted."""
+    """No command writes CSV; if one ever does, its cells have to be quoted."""
     calls = [
         ast.unparse(node.func)
         for file in Path(align.__file__).parent.rglob("*.py")
@@ -270,7 +269,7 @@ def test_nothing_is_exported_as_a_table_in_which_a_cell_could_be_a_formula() -> 
 
 
 def test_paths_with_spaces_and_quotes_are_only_paths(command: Callable[..., str]) -> None:
-    """C16: the folder of the recipe has both, and so has its name; nothing goes through a shell."""
+    """The folder of the recipe has both, and so has its name; nothing goes through a shell."""
     odd = Path("my recipe $(touch PWNED); 'x'.yaml")
     shutil.copy("recipe.yaml", odd)
     assert "The recipe can run." in command("check", str(odd))
