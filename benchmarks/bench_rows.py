@@ -165,7 +165,7 @@ ROWS = (
     Row(
         "critique-15m", "critique 15m", "critique",
         (Goal("critique 15m, rows, over a plain generate loop", "speed", LOOP, 4, 6),),
-        3, {"shape": "15m", "rows": 12},
+        13, {"shape": "15m", "rows": 48},
     ),
     Row(
         "start-up", "start-up", "start-up",
