@@ -186,6 +186,7 @@ def _bare_loop(model: Any, objective: Any, rows: list[Any], settings: Any) -> No
     import torch
 
     from align.batches import micro_batches
+    from align.models.logps import is_padded
     from align.trainer import autocast
 
     weights = [weight for weight in model.parameters() if weight.requires_grad]
@@ -193,7 +194,8 @@ def _bare_loop(model: Any, objective: Any, rows: list[Any], settings: Any) -> No
     for first in range(0, len(rows), settings.batch_size):
         step_rows = objective.prepared(model, rows[first : first + settings.batch_size])
         weight = objective.weight(step_rows)
-        for group in micro_batches([objective.tokens(row) for row in step_rows], settings.batch_tokens):
+        lengths = [objective.tokens(row) for row in step_rows]
+        for group in micro_batches(lengths, settings.batch_tokens, padded=is_padded(model)):
             with autocast(model, settings.precision):
                 loss, _ = objective(model, [step_rows[i] for i in group])
             (loss / weight).backward()

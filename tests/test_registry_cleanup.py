@@ -115,3 +115,22 @@ def test_data_made_by_a_run_keeps_what_that_run_started_from(registry: Registry)
     add_checkpoint(registry, content="newer")
     assert registry.gc(dry_run=True) == []
     assert made.id == registry.data("harbour/revised.sft").id
+
+
+def test_what_can_be_made_again_goes_when_it_was_not_used_for_a_month(registry: Registry) -> None:
+    tokens, logps = registry.home / "cache/tokens/aa", registry.home / "cache/reference/bb.safetensors"
+    for folder in (tokens, tokens.with_name("cc"), logps.parent):
+        folder.mkdir(parents=True)
+    (tokens / "ids").write_bytes(b"12345")
+    logps.write_bytes(b"123")
+    for path in (tokens, logps):
+        os.utime(path, (time.time() - 31 * 86400,) * 2)
+    gone = registry.gc()
+    assert {(removal.what, removal.path, removal.size) for removal in gone} == {
+        ("cache", logps, 3),
+        ("cache", tokens, 5),
+    }
+    assert not tokens.exists()
+    assert not logps.exists()
+    assert tokens.with_name("cc").exists()
+    assert registry.gc() == []

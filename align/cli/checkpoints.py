@@ -144,7 +144,7 @@ def remove_command(checkpoint: str) -> None:
 @click.option("--dry-run", is_flag=True, help="Only say what would go, and why.")
 @json_option
 def gc_command(dry_run: bool, as_json: bool) -> None:
-    """Remove what nothing needs: superseded checkpoints and data sets, and what crashes left behind.
+    """Remove what nothing needs: superseded checkpoints and data sets, old caches, and what crashes left behind.
 
     Kept are the newest of every name, everything tagged, what unfinished runs need, and whatever these were made from.
     """

@@ -1,4 +1,4 @@
-"""What can go, and why: checkpoints and data sets that nothing needs any more, and what crashes left behind.
+"""What can go, and why: checkpoints and data sets that nothing needs any more, caches, and what crashes left behind.
 
 Kept: the newest of every name, everything tagged, the inputs of runs that run or can be resumed, and whatever any of
 these was made from.
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from align.registry.database import Database
 
 DAY_SECONDS = 86400
+CACHED_DAYS = 30  # for which what can be made again is kept since it was last used
 
 AnyRecord = TypeVar("AnyRecord", CheckpointRecord, DataRecord)
 
@@ -32,7 +33,7 @@ AnyRecord = TypeVar("AnyRecord", CheckpointRecord, DataRecord)
 class Removal:
     """One thing that goes. numbers: its rows, none for a mere folder; size in bytes."""
 
-    what: Literal["checkpoint", "data", "leftover", "state"]
+    what: Literal["checkpoint", "data", "leftover", "state", "cache"]
     id: str
     name: str
     path: Path
@@ -59,6 +60,8 @@ def collect(database: Database, home: Path, *, dry_run: bool) -> list[Removal]:
         for removal in removals:
             if removal.what == "state":
                 _clear_unless_held(removal.path)
+            elif removal.path.is_file():
+                removal.path.unlink(missing_ok=True)
             else:
                 discard(removal.path)
     return removals
@@ -116,6 +119,7 @@ def _removals(database: Database, home: Path) -> list[Removal]:
         *_superseded(data, kept, "data"),
         *_leftovers(database, home),
         *_dead_state(ended, {run.id for run in pins}),
+        *_unused(home),
     ]
 
 
@@ -199,6 +203,21 @@ def _dead_state(ended: Sequence[RunRecord], pinned: set[str]) -> list[Removal]:
         for run in ended
         if run.id not in pinned and any(path.exists() for path in (*disposable(run.work), run.work / PENDING))
     ]
+
+
+def _unused(home: Path) -> list[Removal]:
+    """Tokens and log-probabilities that nobody read for a while; whoever reads them sets their time."""
+    removals = []
+    for path in sorted(home.glob("cache/*/*")):
+        try:
+            idle = time.time() - path.stat().st_mtime
+            size = path.stat().st_size if path.is_file() else folder_size(path)
+        except FileNotFoundError:
+            continue
+        if idle > CACHED_DAYS * DAY_SECONDS:
+            why = f"not used for {CACHED_DAYS} days; it is made again where it is needed"
+            removals.append(Removal("cache", path.name, "", path, size, why))
+    return removals
 
 
 def _state_size(run: RunRecord) -> int:

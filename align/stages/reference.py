@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -31,6 +32,8 @@ def reference_logps(
     key = sha256_json([VERSION, torch.__version__, *ingredients, _sha256(rows)])
     file = kept / "reference" / f"{key}.safetensors"
     if file.is_file():
+        with suppress(OSError):
+            os.utime(file)  # in use
         tensors = load_file(file)
         return AnswerLogps(tensors["sums"], tensors["tokens"])
     found = answer_logps(model, rows, progress=progress)
