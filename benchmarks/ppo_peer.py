@@ -1,7 +1,7 @@
 """One PPO iteration of align beside one of TRL 1.12.0, the last TRL with PPO: seconds, processor seconds, peak memory.
 
     python -m venv build/trl112 && build/trl112/bin/pip install torch==2.13.0 trl==1.12.0 transformers==5.23.0 datasets
-    python benchmarks/ppo_peer.py --peer build/trl112/bin/python --out docs/ppo-speed.md
+    python benchmarks/ppo_peer.py --peer build/trl112/bin/python --out build/ppo-speed.md
 
 Same Llama with random weights, same prompts, batch, response length, epochs and arithmetic; both with the allocator told
 to keep its memory. The sides take turns in processes of their own, and the medians are compared. Peak memory is that of
@@ -38,7 +38,7 @@ INTRODUCTION = [
     "",
     "TRL 1.12.0 is the last one with PPO. Same Llama shape with random weights, same prompts, batch, response length, epochs and",
     "arithmetic, processes of their own in turn, the allocator of both told to keep its memory. Seconds are of the processor; peak",
-    "memory is that of the process, libraries included. Made by `python benchmarks/ppo_peer.py --out docs/ppo-speed.md`. The",
+    "memory is that of the process, libraries included. Made by `python benchmarks/ppo_peer.py --out FILE`. The",
     "losses agree in kind and not in value: the responses are drawn by different generators, and TRL's value model starts from a",
     "random head where ours starts from 0.",
     "",
