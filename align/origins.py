@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 KEPT_OUT = {"log_steps", "save_steps", "from_", "seed", "data"}  # of a key: named in it otherwise, or without effect
 ASKING = {"from_", "concurrency", "requests_per_minute", "timeout_seconds", "retries", "token_budget", "key_env"}
-NUMERICS = 2  # raised whenever the same inputs would give other weights
+NUMERICS = 3  # raised whenever the same inputs would give other weights
 VERSIONS = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers")
 
 

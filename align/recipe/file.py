@@ -23,7 +23,7 @@ from align.recipe.ppo_settings import ModelReward
 from align.recipe.problems import model_at, owner, problems_of
 from align.recipe.settings import ADAPTER_FACTOR, Recipe, Stage, TrainingSettings
 from align.recipe.types import keys_of, kind_of, short_key
-from align.recipe.yaml_text import Node, Place, parse_yaml, shown
+from align.recipe.yaml_text import Node, Place, decoded, parse_yaml, shown
 
 Steps = tuple[str | int, ...]  # keys and places that lead to a value of the recipe
 SUFFIXES = (".yaml", ".yml", ".json")
@@ -98,14 +98,7 @@ def _text_of(path: Path) -> str:
         raise AlignError(
             f"{path}: cannot be read: {(error.strerror or 'unknown error').lower()}.", _near_files(path)
         ) from None
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise AlignError(
-            f"{path}:{line}: byte 0x{content[error.start]:02x} at offset {error.start} is not UTF-8.",
-            f"Save the file as UTF-8, for example: iconv -f latin1 -t utf-8 {path.name}",
-        ) from None
+    return decoded(content, path)
 
 
 def _near_files(path: Path) -> str:
