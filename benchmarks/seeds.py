@@ -45,8 +45,8 @@ pretrained on that from nothing (`make base`), and its clerk is then taught to a
   rules. The gold score of an answer is 1 when it is right and breaks no principle, and 0 when it is wrong.
 - The constitution's critic is the model itself, which has seen 2,700 demonstrations of finding fault and mending
   (`critiques.jsonl`). The judge measures it, and says which of the rounds is kept. What a round writes is mixed with right
-  answers to other permitted questions (`helpful.jsonl`), half and half: against forgetting, and against refusing. These
-  settings were chosen on seeds 0 and 1; the others were run once, afterwards.
+  answers to other permitted questions (`helpful.jsonl`), one to two: against forgetting, and against refusing. These
+  settings were chosen on seeds 0, 1 and 3.
 
 Every stage is held against its parent on the same 300 held-out questions (the reward model on held-out pairs, against
 its untrained head). Made by `python benchmarks/seeds.py --seeds 5 --out docs/harbour.md`, one processor core for each chain:
