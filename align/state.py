@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from align.registry.artifacts import sync
@@ -17,14 +18,18 @@ KEPT = 2  # the newest complete state and the one before it
 _MARK = "complete.json"
 
 
-def complete_states(folder: Path) -> list[Path]:
-    """Folders of the states that are complete and as they were saved, oldest first."""
-    return [state for state in _marked(folder) if not damage(state)]
+def complete_states(folder: Path, say: Callable[[str], object] = lambda _: None) -> list[Path]:
+    """Folders of the states that are complete and as they were saved, oldest first.
 
-
-def damaged_states(folder: Path) -> list[str]:
-    """One sentence for each state that was complete and is no longer as it was saved, with the file named."""
-    return [f"the saved state {state} is not used: {why}" for state in _marked(folder) if (why := damage(state))]
+    say: is given one sentence for each that was complete and has changed since, with the file named.
+    """
+    found = []
+    for state in _marked(folder):
+        if why := damage(state):
+            say(f"the saved state {state} is not used: {why}")
+        else:
+            found.append(state)
+    return found
 
 
 def damage(state: Path) -> str:

@@ -37,7 +37,7 @@ from align.objective import Objective
 from align.parallel.sharing import Sharing, sharing_of
 from align.progress import Bar, Progress
 from align.recipe.settings import TrainingSettings
-from align.state import complete_states, damaged_states, mark_complete, step_of
+from align.state import complete_states, mark_complete, step_of
 from align.stopping import stop_requested, stops_at_boundary
 
 TRAINED = "trained.safetensors"  # in a state: the weights that train, and no others
@@ -71,9 +71,8 @@ def train(task: Task, progress: Progress) -> int:
     """
     stream = task.stream or RowStream(len(task.rows), task.settings, task.seed)
     sharing = sharing_of(task.model)
-    for sentence in damaged_states(task.state):
-        progress.note(f"warning: {sentence}")
-    last = sharing.told(next(reversed(complete_states(task.state)), None))
+    states = complete_states(task.state, lambda sentence: progress.note(f"warning: {sentence}"))
+    last = sharing.told(next(reversed(states), None))
     trainer = _StepTrainer(task, stream, progress, sharing)
     done = step_of(last) if last else 0
     progress.rewind(done)

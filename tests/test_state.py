@@ -12,7 +12,7 @@ import torch
 
 from align.errors import Interrupted
 from align.progress import Progress
-from align.state import complete_states, damaged_states, mark_complete
+from align.state import complete_states, mark_complete
 from align.stopping import signals_handled
 from align.trainer import train
 from tests.faults import MOST, Faults, broken, full, killed
@@ -33,6 +33,12 @@ def steps(folder: Path) -> list[int]:
     return [int(state.name.rpartition("-")[2]) for state in complete_states(folder)]
 
 
+def said_of(folder: Path) -> list[str]:
+    said: list[str] = []
+    complete_states(folder, said.append)
+    return said
+
+
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "trained.safetensors has 4 bytes instead of": lambda state: os.truncate(state / "trained.safetensors", 4),
     "trained.safetensors has changed": lambda state: (state / "trained.safetensors").write_text("weightz 3"),
@@ -45,10 +51,10 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 def test_a_state_that_is_not_as_it_was_saved_is_not_used_and_its_file_is_named(why: str, tmp_path: Path) -> None:
     states = [save(tmp_path, step) for step in (2, 3)]
     assert steps(tmp_path) == [2, 3]
-    assert damaged_states(tmp_path) == []
+    assert said_of(tmp_path) == []
     DAMAGE[why](states[1])
     assert steps(tmp_path) == [2]
-    assert why in damaged_states(tmp_path)[0]
+    assert why in said_of(tmp_path)[0]
 
 
 def test_the_newest_two_are_kept_and_what_killed_saves_left_goes(tmp_path: Path) -> None:
@@ -67,7 +73,7 @@ def test_a_state_saved_once_more_where_a_kill_left_half_of_it_is_whole(tmp_path:
         (tmp_path / "checkpoint-2" / name).write_text("half")
     save(tmp_path, 2)
     assert steps(tmp_path) == [2]
-    assert damaged_states(tmp_path) == []
+    assert said_of(tmp_path) == []
 
 
 @pytest.mark.parametrize("act", [full, broken])
