@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from align.errors import AlignError
+from align.models import plain_head
 from align.models.head import check_head, target_logps
 from align.models.loading import load_policy
 from align.models.source import source_of
@@ -116,37 +117,87 @@ def test_chunked_logps_are_those_of_the_whole_logits(
     assert (entropies + (known.exp() * known).sum(-1)).abs().max() < 1e-4
 
 
-def test_chunked_gradients_are_those_of_the_whole_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("entropy", [False, True], ids=["by hand", "by autograd"])
+def test_chunked_gradients_are_those_of_the_whole_logits(entropy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = torch.linspace(-1, 1, 47)
     ids = torch.tensor([token for row in ROWS for token in row])
     grads = []
-    for at_once in (300 * 7, 2**23):
+    for at_once, kept in ((300 * 7, 4 * 300 * 7), (2**23, 2**27)):
         monkeypatch.setattr("align.models.head.LOGITS_AT_ONCE", at_once)
-        monkeypatch.setattr("align.models.head.LOGITS_KEPT", 0 if at_once < 2**23 else 2**25)
+        monkeypatch.setattr("align.models.head.LOGITS_KEPT_BYTES", kept)
         model = model_of("llama")
-        logps, entropies = target_logps(model, hidden_states(model, ROWS), ids, entropy=True)
-        (weights * logps + 0.1 * entropies).sum().backward()
+        logps, entropies = target_logps(model, hidden_states(model, ROWS), ids, temperature=0.7, entropy=entropy)
+        (weights * logps + (0.1 * entropies if entropy else 0.0)).sum().backward()
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     model = model_of("llama")
-    known = model.lm_head(hidden_states(model, ROWS)).log_softmax(-1)
+    known = (model.lm_head(hidden_states(model, ROWS)) / 0.7).log_softmax(-1)
     entropies = -(known.exp() * known).sum(-1)
-    (weights * known.gather(1, ids[:, None]).squeeze(1) + 0.1 * entropies).sum().backward()
+    (weights * known.gather(1, ids[:, None]).squeeze(1) + (0.1 * entropies if entropy else 0.0)).sum().backward()
     whole = torch.cat([p.grad.flatten() for p in model.parameters()])
     for chunked in grads:
         assert (chunked - whole).norm() < 1e-5 * whole.norm()
 
 
-def test_above_the_bound_logits_of_all_tokens_never_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("watched", [False, True], ids=["by hand", "by autograd"])
+def test_above_the_bound_logits_of_all_tokens_never_exist_at_once(
+    watched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("align.models.head.LOGITS_AT_ONCE", 300 * 4)
-    monkeypatch.setattr("align.models.head.LOGITS_KEPT", 300 * 40)
+    monkeypatch.setattr("align.models.head.LOGITS_KEPT_BYTES", 4 * 300 * 4)
     model = model_of("llama")
     seen: list[int] = []
-    model.lm_head.register_forward_hook(lambda _module, _inputs, output: seen.append(len(output)))
+    if watched:
+        model.lm_head.register_forward_hook(lambda _module, _inputs, output: seen.append(len(output)))
+    softmax = plain_head._softmax
+    monkeypatch.setattr(
+        plain_head, "_softmax", lambda logits, *a, **k: seen.append(len(logits)) or softmax(logits, *a, **k)
+    )
     hidden = hidden_states(model, ROWS)
     logps, _ = target_logps(model, hidden, torch.tensor([token for row in ROWS for token in row]))
     logps.sum().backward()
     assert max(seen) == 4
     assert sum(seen) == 2 * len(hidden)  # once forwards, once again backwards
+
+
+def test_a_frozen_heads_logits_are_never_kept_nor_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("align.models.head.LOGITS_AT_ONCE", 300 * 4)
+    monkeypatch.setattr("align.models.head.LOGITS_KEPT_BYTES", 0)
+    model, grads, ids = model_of("llama"), [], torch.tensor([token for row in ROWS for token in row])
+    model.lm_head.weight.requires_grad_(False)
+    seen: list[int] = []
+    softmax = plain_head._softmax
+    monkeypatch.setattr(
+        plain_head, "_softmax", lambda logits, *a, **k: seen.append(len(logits)) or softmax(logits, *a, **k)
+    )
+    for way in (lambda states: target_logps(model, states, ids)[0], lambda states: whole_logps(model, states, ids)):
+        model.zero_grad()
+        way(hidden_states(model, ROWS)).sum().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in trunk_of(model).parameters() if p.grad is not None]))
+    assert sum(seen) == len(ids)
+    assert max(seen) == 4
+    assert (grads[0] - grads[1]).norm() < 1e-5 * grads[1].norm()
+
+
+def test_in_bfloat16_a_token_that_is_nearly_certain_keeps_its_gradient() -> None:
+    """Its probability rounded to bfloat16 is 1, of which nothing would be left."""
+    torch.manual_seed(0)
+    head = torch.nn.Linear(64, 50, bias=False)
+    own = head.weight.detach()[7]
+    state, target = (12.5 * own / own.norm() ** 2).requires_grad_(), torch.tensor([7])
+    exact = (state[None] @ head.weight.t()).log_softmax(-1)[0, 7]
+    by_state, by_weight = torch.autograd.grad(exact, [state, head.weight])
+    missing = float(-torch.expm1(exact.detach()))
+    assert 0 < missing < 2**-9
+    with torch.autocast("cpu", torch.bfloat16):
+        matrix = plain_head.compute_weight(head.weight)
+        found = plain_head.PlainLogps.apply(state[None], head.weight, matrix, target, 1.0)
+    ours = torch.autograd.grad(found.sum(), [state, head.weight])
+    assert (ours[0] - by_state).norm() < 0.02 * by_state.norm()
+    assert (ours[1] - by_weight).norm() < 0.02 * by_weight.norm()
+
+
+def whole_logps(model: torch.nn.Module, states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return model.lm_head(states).log_softmax(-1).gather(1, ids[:, None]).squeeze(1)
 
 
 def test_a_head_that_does_more_is_refused() -> None:

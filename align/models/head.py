@@ -4,7 +4,8 @@ times the length: above a bound the backward pass computes each chunk's logits a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,11 +13,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from align.errors import AlignError
+from align.models.plain_head import PlainLogps, compute_weight, is_plain, plain_logps
 from align.models.trunk import hidden_states, inner_model
 
 LOGITS_AT_ONCE = 2**23  # numbers: 32 MB in float32
-LOGITS_KEPT = 2**25  # numbers that may wait for the backward pass: 128 MB in float32
+LOGITS_KEPT_BYTES = 2**27  # that may wait for the backward pass
 AGREEMENT = 2e-2  # largest difference, in logits, of two ways to compute the same in bfloat16
+
+Chunk = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # states and targets -> log-probabilities and entropies
 
 
 def target_logps(
@@ -26,30 +30,43 @@ def target_logps(
 
     hidden: (M, H), the states that predict the targets.
     """
-    vocabulary = int(inner_model(model).get_output_embeddings().weight.shape[0])
-    again = torch.is_grad_enabled() and len(hidden) * vocabulary > LOGITS_KEPT
-    parts = []
-    for states, wanted in zip(_chunks(hidden, vocabulary), _chunks(targets, vocabulary), strict=True):
-        if again:
-            parts.append(
-                checkpoint(
-                    _chunk, model, states, wanted, temperature, entropy, use_reentrant=False, preserve_rng_state=False
-                )
-            )
-        else:
-            parts.append(_chunk(model, states, wanted, temperature, entropy))
-    if not parts:
-        return hidden.new_zeros(0, dtype=torch.float32), hidden.new_zeros(0, dtype=torch.float32) if entropy else None
+    if not len(hidden):
+        nothing = hidden.new_zeros(0, dtype=torch.float32)
+        return nothing, nothing if entropy else None
+    work, at_once, kept_bytes = _way(model, temperature, entropy)
+    rows = max(1, at_once // _vocabulary(model))
+    again = torch.is_grad_enabled() and len(hidden) * _vocabulary(model) * kept_bytes > LOGITS_KEPT_BYTES
+    parts = [
+        checkpoint(work, states, wanted, use_reentrant=False, preserve_rng_state=False)
+        if again
+        else work(states, wanted)
+        for states, wanted in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True)
+    ]
     logps = torch.cat([part[0] for part in parts])
     return logps, torch.cat([part[1] for part in parts]) if entropy else None
+
+
+def _way(model: nn.Module, temperature: float, entropy: bool) -> tuple[Chunk, int, int]:
+    """How log-probabilities are computed, how many logits at once, and the bytes of each that wait for the backward pass."""
+    head: Any = inner_model(model).get_output_embeddings()
+    learns = torch.is_grad_enabled()
+    if not is_plain(head) or _done_to_logits(model) != (1.0, None) or (entropy and learns):
+        return partial(_chunk, model, temperature, entropy), LOGITS_AT_ONCE, 4
+    matrix = compute_weight(head.weight)
+    if not learns:
+        return partial(_plain, matrix, temperature, entropy), LOGITS_AT_ONCE, 0
+    way = partial(_plain_with_gradients, head.weight, matrix, temperature)
+    if not head.weight.requires_grad:
+        return way, LOGITS_AT_ONCE, 0
+    return way, LOGITS_KEPT_BYTES // matrix.itemsize, matrix.itemsize
 
 
 def next_token_logps(model: nn.Module, rows: Sequence[Sequence[int]], targets: Tensor) -> Tensor:
     """Log-probabilities (N, K), float32, of `targets` (N, K) as the next token after each of N rows."""
     ends = torch.tensor([len(row) for row in rows], device=next(model.parameters()).device).cumsum(0) - 1
     states = hidden_states(model, rows, ends)
-    vocabulary = int(inner_model(model).get_output_embeddings().weight.shape[0])
-    parts = zip(_chunks(states, vocabulary), _chunks(targets.to(states.device), vocabulary), strict=True)
+    rows_at_once = max(1, LOGITS_AT_ONCE // _vocabulary(model))
+    parts = zip(torch.split(states, rows_at_once), torch.split(targets.to(states.device), rows_at_once), strict=True)
     found = [_logits(model, some).float().log_softmax(-1).gather(1, wanted) for some, wanted in parts]
     return torch.cat(found) if found else states.new_zeros(targets.shape, dtype=torch.float32)
 
@@ -70,7 +87,7 @@ def check_head(model: nn.Module) -> None:
 
 
 def _chunk(
-    model: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, entropy: bool
+    model: nn.Module, temperature: float, entropy: bool, hidden: Tensor, targets: Tensor
 ) -> tuple[Tensor, Tensor]:
     logits = _logits(model, hidden).float()
     if temperature != 1:
@@ -82,16 +99,31 @@ def _chunk(
     return logps, total - ((logits - total[:, None]).exp() * logits).sum(-1)
 
 
+def _plain(matrix: Tensor, temperature: float, entropy: bool, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    return plain_logps(states, matrix, targets, temperature, entropy=entropy)
+
+
+def _plain_with_gradients(
+    weight: Tensor, matrix: Tensor, temperature: float, states: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor]:
+    logps: Tensor = PlainLogps.apply(states, weight, matrix, targets, temperature)  # type: ignore[no-untyped-call]
+    return logps, logps
+
+
 def _logits(model: nn.Module, hidden: Tensor) -> Tensor:
-    """The head's logits with what some architectures do to them: Granite and Cohere scale, Gemma caps."""
-    inner: Any = inner_model(model)
-    config: Any = inner.config.get_text_config()
-    logits: Tensor = inner.get_output_embeddings()(hidden)
-    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    """The head's logits with what some architectures do to them."""
+    logits: Tensor = inner_model(model).get_output_embeddings()(hidden)
+    scale, cap = _done_to_logits(model)
     logits = logits * scale if scale != 1 else logits
-    cap = getattr(config, "final_logit_softcapping", None)
     return torch.tanh(logits / cap) * cap if cap else logits
 
 
-def _chunks(tensor: Tensor, vocabulary: int) -> tuple[Tensor, ...]:
-    return torch.split(tensor, max(1, LOGITS_AT_ONCE // vocabulary)) if len(tensor) else ()
+def _done_to_logits(model: nn.Module) -> tuple[float, float | None]:
+    """Factor and cap: Granite and Cohere scale, Gemma caps."""
+    config: Any = inner_model(model).config.get_text_config()
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    return scale, getattr(config, "final_logit_softcapping", None)
+
+
+def _vocabulary(model: nn.Module) -> int:
+    return int(inner_model(model).get_output_embeddings().weight.shape[0])
