@@ -16,8 +16,8 @@ from align.errors import AlignError
 from align.recipe.critique_settings import CritiqueSettings, EndpointCritic
 from align.recipe.graph import topological_order
 from align.recipe.outputs import outputs_in
-from align.recipe.ppo_settings import ModelReward, PpoSettings
-from align.recipe.settings import DpoSettings, KtoLoss, SigmoidLoss, TrainingSettings
+from align.recipe.ppo_settings import FunctionReward, ModelReward, PpoSettings
+from align.recipe.settings import DpoSettings, KtoLoss, Recipe, SigmoidLoss, TrainingSettings
 
 if TYPE_CHECKING:
     from align.constitution import Constitution
@@ -66,6 +66,13 @@ def check_recipe(workshop: Workshop) -> list[DataCheck]:
             check_ppo(workshop, name, prepared)
             found[stage.data].stages[name] = _lengths(workshop, name, stage, prepared[stage.data])
     return list(found.values())
+
+
+def runs_foreign_code(recipe: Recipe) -> bool:
+    """Whether a check runs Python that is not ours, which may need all that can be imported."""
+    stages = [stage for stage in recipe.stages.values() if isinstance(stage, PpoSettings)]
+    terms = [term for stage in stages for term in (*stage.reward, *stage.watch)]
+    return recipe.trust_remote_code or any(isinstance(term, FunctionReward) for term in terms)
 
 
 def check_rows(name: str, stage: TrainingSettings, data: PreparedData) -> None:
@@ -117,9 +124,14 @@ def _lengths(workshop: Workshop, name: str, stage: TrainingSettings, data: Prepa
     desk = _desk(workshop, name, stage)
     if isinstance(stage, PpoSettings):
         return _prompt_lengths(name, stage, desk, data)
-    desk.rows(data.train, "training")
-    lengths = desk.encoder.lengths.as_dict()
-    desk.rows(data.test, "held-out")
+    try:
+        desk.rows(data.train, "training")
+        lengths = desk.encoder.lengths.as_dict()
+        desk.rows(data.test, "held-out")
+    except AlignError as error:
+        path = workshop.recipe.data[stage.data].path
+        error.message = f"stage '{name}': {f'{path}: ' if path else ''}{error.message}"
+        raise
     return lengths
 
 
@@ -216,13 +228,19 @@ def _desk(workshop: Workshop, name: str, stage: TrainingSettings) -> Desk:
     """What encodes the rows of a stage; on the recipe's model where its start has not been made yet."""
     from align.stages.encoding import Desk
 
-    origin = workshop.starting_point(name, {}) or workshop.model
-    return Desk.open(stage, origin.source, workshop.template(), workshop.registry.home / "cache")
+    origin, home = workshop.starting_point(name, {}) or workshop.model, workshop.registry.home
+    template = workshop.recipe.template
+    try:
+        return Desk.open(stage, origin.source, workshop.template(), home / "cache" if home.is_dir() else None)
+    except AlignError as error:
+        read = f"model {origin.name}" + (f", template {workshop.folder / template}" if template else "")
+        error.message = f"stage '{name}' ({read}): {error.message}"
+        raise
 
 
 def _prompt_lengths(name: str, stage: PpoSettings, desk: Desk, data: PreparedData) -> dict[str, int]:
     """Length report of a ppo stage's prompts. Raises AlignError when none of them leaves room for a response."""
-    from align.ppo.prompts import encoded_prompts
+    from align.ppo.encoding import encoded_prompts
 
     longest, what = desk.max_length, "the model's context" if desk.max_length == desk.context else "max_length"
     if stage.max_new_tokens >= longest:
@@ -234,5 +252,5 @@ def _prompt_lengths(name: str, stage: PpoSettings, desk: Desk, data: PreparedDat
     try:
         return encoded_prompts(questions, desk.encoder, stage, longest)[1]
     except AlignError as error:
-        error.message = f"stage '{name}': {error.message}"
+        error.message = f"stage '{name}': data set '{stage.data}': {error.message}"
         raise

@@ -43,6 +43,7 @@ from align.recipe.places import Problem, node_at, refusal
 from align.recipe.training_settings import Name, Settings
 from align.recipe.types import NAME_RULE
 from align.recipe.yaml_text import Node, decoded, parse_yaml, shown
+from align.small_files import read_small
 
 _AROUND = " \"'“”‘’`*_.!"  # what may stand around a critique like 'No' without changing it
 
@@ -157,7 +158,7 @@ class Constitution:
     def load(cls, path: Path) -> Constitution:
         """The constitution in a YAML file. Raises AlignError with file and line of every mistake in it."""
         try:
-            text = decoded(path.read_bytes(), path)
+            text = decoded(read_small(path), path)
         except OSError as error:
             raise AlignError(
                 f"cannot read the constitution {path}: {error}", "Name a YAML file of principles."

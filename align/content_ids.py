@@ -26,8 +26,9 @@ def content_id(folder: Path, registry: Registry) -> str:
         found = folder_manifest(folder).id
     except ValueError as error:
         raise AlignError(f"the model in {folder} cannot be hashed: {error}", "Copy the folder again.") from error
-    with contextlib.suppress(OSError):  # a registry that cannot be written can still be planned with
-        _keep(kept, json.dumps({"id": found}))
+    if registry.home.is_dir():
+        with contextlib.suppress(OSError):  # a registry that cannot be written can still be planned with
+            _keep(kept, json.dumps({"id": found}))
     return found
 
 

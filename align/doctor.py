@@ -158,7 +158,7 @@ def _registry() -> Finding:
 
     place = "PostgreSQL" if os.environ.get("ALIGN_REGISTRY_URL") else "SQLite"
     try:
-        count = len(Registry.open(create=False).all_checkpoints())
+        count = Registry.open(create=False).checkpoint_count()
     except AlignError as error:
         return Finding("registry", error.message, "fix", error.hint)
     return Finding("registry", f"{place}, {count} checkpoints", details={"checkpoints": count})

@@ -11,6 +11,7 @@ Anything else that reaches the command line is a bug of ours and shows its trace
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -48,10 +49,46 @@ class Interrupted(AlignError):
         self.exit_code = 128 + signal_number
 
 
+NOT_A_PLACE = {
+    errno.EACCES: "Check its permissions.",
+    errno.EPERM: "Check its permissions.",
+    errno.EROFS: "Name a place that can be written.",
+    errno.EISDIR: "Name a file.",
+    errno.ENOTDIR: "A part of its path is a file, not a folder.",
+    errno.ELOOP: "A link on its path leads back to itself.",
+}
+OF_THE_MACHINE = {
+    errno.ENOSPC: "Free some space; what was complete is kept.",
+    errno.EDQUOT: "Free some space; what was complete is kept.",
+    errno.EIO: "The disk reports an error: look at it, then try again.",
+    errno.EMFILE: "Allow more open files: ulimit -n.",
+}
+
+
+def of_the_file_system(error: OSError) -> AlignError | None:
+    """What the user or the machine can mend, where nothing nearer has explained it; None: it may be a fault of ours."""
+    number, place = error.errno, error.filename
+    if number == errno.ENAMETOOLONG:
+        message = f"{str(place)[:60]!r}... is too long for the name of a file"
+        return AlignError(message, "Is it the name of a file, or its text?")
+    if number in NOT_A_PLACE and place:
+        return AlignError(f"{place}: {str(error.strerror).lower()}", NOT_A_PLACE[number])
+    if number in OF_THE_MACHINE:
+        return StageFailed(f"{place or 'a file'}: {str(error.strerror).lower()}", OF_THE_MACHINE[number])
+    return None
+
+
+MOST_NAMED = 30  # known words that one sentence lists: more than the keys of any stage but ppo
+FEW_NAMED = 5
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A sentence that names the nearest known word, or all of them when none is near."""
+    """A sentence that names the nearest known word; when none is near, all of them, or the least far of many."""
     options = sorted(known)
     near = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
     if near:
         return f"Did you mean '{near[0]}'?"
+    if len(options) > MOST_NAMED:
+        nearest = difflib.get_close_matches(word, options, n=FEW_NAMED, cutoff=0)
+        return f"Known: {', '.join(nearest)} and {len(options) - FEW_NAMED} more."
     return "Known: " + ", ".join(options) + "." if options else "There are none."

@@ -39,6 +39,7 @@ from align.recipe.places import Problem, node_at, refusal
 from align.recipe.training_settings import Count, Name, Settings
 from align.recipe.types import NAME_RULE
 from align.recipe.yaml_text import Node, decoded, parse_yaml, shown
+from align.small_files import read_small
 
 _SENTENCE_END = re.compile(r"[.!?]+(?=\s|$)|\n+")
 _WORD = re.compile(r"\w+")
@@ -139,7 +140,7 @@ class Judge:
     def load(cls, path: Path) -> Judge:
         """The judge in a YAML file. Raises AlignError with file and line of every mistake in it."""
         try:
-            content = path.read_bytes()
+            content = read_small(path)
         except OSError as error:
             raise AlignError(f"cannot read the judge file {path}: {error}", "Name a YAML file of rules.") from None
         root = parse_yaml(decoded(content, path), str(path))

@@ -32,6 +32,9 @@ class Objective(ABC):
         """Called first, with all rows of an optimiser step: the rows that it trains on; none: the step changes nothing."""
         return rows
 
+    def again(self, model: nn.Module, rows: Sequence[Any]) -> None:  # noqa: B027
+        """The step is made once more, with the `rows` that `prepared` gave: forgets what it has counted so far."""
+
     @property
     def finished(self) -> bool:
         """Whether training should end after this step, before its planned end."""

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 KEPT_OUT = {"log_steps", "save_steps", "from_", "seed", "data"}  # of a key: named in it otherwise, or without effect
 ASKING = {"from_", "concurrency", "requests_per_minute", "timeout_seconds", "retries", "token_budget", "key_env"}
-NUMERICS = 3  # raised whenever the same inputs would give other weights
+NUMERICS = 4  # raised whenever the same inputs would give other weights
 VERSIONS = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers")
 
 
@@ -76,6 +76,7 @@ class Workshop:
     _made_data: dict[str, DataRecord] = field(default_factory=dict, repr=False, compare=False)
     _data_keys: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
     _data: dict[str, tuple[DataRecord, PreparedData]] = field(default_factory=dict, repr=False, compare=False)
+    _prepared: dict[str, PreparedData] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def files(self) -> RecipeFiles:
@@ -190,7 +191,7 @@ class Workshop:
             data = f"{name}.{output}"
             if self._made_data.get(data) != record:
                 self._made_data[data] = record
-                for kept in (self._data, self._data_keys):
+                for kept in (self._data, self._data_keys, self._prepared):
                     for known in [one for one in kept if data in outputs_in(self.recipe, one)]:
                         del kept[known]
 
@@ -243,12 +244,20 @@ class Workshop:
             self._data[name] = record, read_prepared(record.path)
         return self._data[name]
 
+    def prepared(self, name: str) -> PreparedData:
+        """The rows of a data set as `data` has them, without putting them into the registry: what is only checked stays out."""
+        if name in self._data or name in self._made_data or self.registry.data_by_key(self.data_key(name)):
+            return self.data(name)[1]
+        if name not in self._prepared:
+            self._prepared[name] = prepare(name, self.sources(), **self._read_by)
+        return self._prepared[name]
+
     @property
     def _read_by(self) -> dict[str, Any]:
         return {"folder": self.folder, "seed": self.recipe.seed}
 
     def _added_data(self, name: str) -> DataRecord:
-        prepared = prepare(name, self.sources(), **self._read_by)
+        prepared = self._prepared.pop(name, None) or prepare(name, self.sources(), **self._read_by)
         aside = self.registry.new_folder("data")
         with disk_errors_explained(aside):
             write_prepared(prepared, aside)
@@ -298,7 +307,7 @@ class Workshop:
         try:
             record = self.registry.checkpoint(reference)
         except AlignError as unknown:  # no name of the registry: a hub id, unless it is nearly a name that we have
-            names = {record.name for record in self.registry.all_checkpoints()}
+            names = self.registry.checkpoint_names()
             if difflib.get_close_matches(reference, names, n=1, cutoff=0.8):
                 raise unknown
             stages = difflib.get_close_matches(reference, self.recipe.stages, n=1, cutoff=0.6)

@@ -8,38 +8,22 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from align.costs import NOTHING, Estimate, estimate
 from align.errors import AlignError
-from align.estimate import (
-    ADAPTER_BYTES,
-    BYTES_PER_TOKEN,
-    Estimate,
-    Prompts,
-    Scorer,
-    Shape,
-    estimate,
-    estimate_critique,
-    estimate_ppo,
-    frozen_bytes,
-)
 from align.products import Made, Products, best_round, too_late
 from align.recipe.critique_settings import OUTPUTS, CritiqueSettings
-from align.recipe.graph import adapter_stage, critic_reference, needed, reward_references, stage_graph
-from align.recipe.ppo_settings import PpoSettings
+from align.recipe.graph import critic_reference, needed, stage_graph
 from align.recipe.rounds import stages_of_loop
-from align.recipe.settings import ConstitutionSettings, Stage, TrainingSettings
+from align.recipe.settings import ConstitutionSettings, Stage
 from align.registry.hashing import sha256_json
 from align.registry.records import CheckpointRecord, StageData
 
 if TYPE_CHECKING:
     from align.origins import Weights, Workshop
 
-BFLOAT16_MIN_WIDTH = 256  # as models.hardware decides for precision: auto, without importing torch
-
 Action = Literal["run", "reuse", "resume", "skip"]
-NOTHING = Estimate(0, 0)
 
 
 @dataclass(frozen=True)
@@ -64,6 +48,7 @@ class PlannedStage:
             "checkpoint": self.made.id if isinstance(self.made, CheckpointRecord) else None,
             "data": _data_ids(self.made) if isinstance(self.made, StageData) else None,
             "peak_memory_bytes": self.estimate.peak_memory_bytes, "seconds": self.estimate.seconds,
+            "available_memory_bytes": self.estimate.available_bytes, "processes": self.estimate.processes,
         }  # fmt: skip
 
 
@@ -92,7 +77,7 @@ def _planned(workshop: Workshop, name: str, products: Products, forced: bool) ->
         return _chosen_round(workshop, name, stage, products)
     if why := too_late(workshop.recipe, name, products):
         return PlannedStage(name, stage.kind, "skip", why, None, NOTHING)
-    cost = _cost(workshop, name)
+    cost = estimate(workshop, name)
     weights, waiting = workshop.weights(name, products.checkpoints), workshop.waits_for(name)
     if weights is None or waiting:
         return PlannedStage(name, stage.kind, "run", _why_later(workshop, name, products, waiting), None, cost)
@@ -149,18 +134,24 @@ def _chosen_round(workshop: Workshop, name: str, stage: ConstitutionSettings, pr
 
 
 def _why_new(workshop: Workshop, name: str, weights: Weights) -> str:
-    """What differs from what was made last under that name."""
-    full = workshop.full_name(name)
+    """What differs from what was made last under that name, or else from the run of it that ended too early."""
+    full, now = workshop.full_name(name), workshop.ingredients(name, weights)
+    stopped = None
     try:
         if isinstance(workshop.stage(name), CritiqueSettings):
             before = workshop.registry.data(f"{full}.{next(iter(OUTPUTS))}").info["stage"]["ingredients"]
         else:
             before = workshop.registry.checkpoint(full).recipe
     except (AlignError, KeyError):
-        return "not made yet"
-    now = workshop.ingredients(name, weights)
+        stopped = next((run for run in workshop.registry.runs_of(workshop.recipe.name, name) if run.stopped), None)
+        if stopped is None:
+            return "not made yet"
+        before = stopped.settings
     found = differences({part: before.get(part) for part in now}, now)
-    return "changed: " + ", ".join(found[:3]) if found else "made otherwise"
+    changed = "changed: " + ", ".join(found[:3])
+    if stopped:
+        return f"run {stopped.id} was stopped, and since then {changed}" if found else "not made yet"
+    return changed if found else "made otherwise"
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> list[str]:
@@ -174,85 +165,3 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "
             hashed = any(isinstance(value, str) and len(value) == 64 for value in (old, new))
             found.append(where if hashed else f"{where} {json.dumps(old)} -> {json.dumps(new)}")
     return found
-
-
-def _cost(workshop: Workshop, name: str) -> Estimate:
-    settings = workshop.stage(name)
-    if isinstance(settings, CritiqueSettings):
-        return _critique_cost(workshop, name, settings)
-    if not isinstance(settings, TrainingSettings):
-        return Estimate(None, None)
-    source = adapter_stage(workshop.recipe, name)
-    own = settings.adapter
-    if source is not None:
-        settings = settings.model_copy(update={"adapter": source.adapter, "quantize": source.quantize})
-    shape = _shape(workshop)
-    half = settings.precision == "bfloat16" or (settings.precision == "auto" and _is_wide(shape))
-    if isinstance(settings, PpoSettings):
-        scorers = [_scorer(workshop, name, reference, half=half) for reference in reward_references(settings)]
-        found, prompts = [scorer for scorer in scorers if scorer], _prompts(workshop, settings.data)
-        return estimate_ppo(settings, shape, prompts, found, half=half, from_adapter=own is None)
-    return estimate(settings, shape, _data_bytes(workshop, settings.data), half=half)
-
-
-def _critique_cost(workshop: Workshop, name: str, settings: CritiqueSettings) -> Estimate:
-    shape, source = _shape(workshop), adapter_stage(workshop.recipe, name)
-    prompts, measured = _prompts(workshop, settings.data), workshop.recipe.evaluation.rows
-    asked = Prompts(prompts.rows + measured, prompts.tokens) if prompts else None
-    quantize = source.quantize if source else settings.quantize
-    return estimate_critique(settings, shape, asked, quantize=quantize, half=_is_wide(shape))
-
-
-def _is_wide(shape: Shape | None) -> bool:
-    """Whether `precision: auto` means bfloat16 for a model of this shape."""
-    return shape is not None and shape.hidden >= BFLOAT16_MIN_WIDTH
-
-
-def _shape(workshop: Workshop) -> Shape | None:
-    return _shape_in(Path(workshop.model.source.root.path))
-
-
-def _shape_in(folder: Path) -> Shape | None:
-    config = folder / "config.json"
-    return Shape.of(json.loads(config.read_text(encoding="utf-8"))) if config.is_file() else None
-
-
-def _scorer(workshop: Workshop, name: str, reference: str, *, half: bool) -> Scorer | None:
-    """A reward model of a stage; None: its shape is not known. An adapter on the policy's own base costs itself alone."""
-    recipe = workshop.recipe
-    if reference not in recipe.stages:
-        folder = Path(workshop.reward_point(name, reference).source.root.path)
-        found, size = _shape_in(folder), sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        return Scorer(found.parameters, size) if found else None
-    shape, policy, scorer = _shape(workshop), adapter_stage(recipe, name), adapter_stage(recipe, reference)
-    if shape is None:
-        return None
-    adapter = ADAPTER_BYTES * shape.adapter_parameters(scorer.adapter) if scorer and scorer.adapter else 0
-    shared = policy and scorer and (policy.from_, policy.quantize) == (scorer.from_, scorer.quantize)
-    base = 0 if shared else frozen_bytes(shape, scorer.quantize if scorer else None, half=half)
-    return Scorer(shape.parameters, base + adapter)
-
-
-def _prompts(workshop: Workshop, name: str) -> Prompts | None:
-    """How many prompts a data set trains on and how long they are, from its registered rows, else from its file."""
-    record, size = workshop.registry.data_by_key(workshop.data_key(name)), _data_bytes(workshop, name)
-    path = workshop.recipe.data[name].path
-    if record is not None:
-        rows = int(record.info.get("train_rows", 0))
-    elif size is not None and path and path.endswith(".jsonl"):
-        rows = (workshop.folder / path).read_bytes().count(b"\n")
-    else:
-        return None
-    return Prompts(rows, size / rows / BYTES_PER_TOKEN) if size and rows else None
-
-
-def _data_bytes(workshop: Workshop, name: str) -> int | None:
-    """Size of a data set's training part once it is registered; before, of its file; None when it lies elsewhere."""
-    if workshop.unmade(name):
-        return None
-    record = workshop.registry.data_by_key(workshop.data_key(name))
-    if record is not None:
-        return (record.path / "train.jsonl").stat().st_size
-    path = workshop.recipe.data[name].path
-    file = workshop.folder / path if path else None
-    return file.stat().st_size if file is not None and file.is_file() else None

@@ -16,6 +16,7 @@ from align.constitution import Constitution
 from align.errors import AlignError, did_you_mean
 from align.judge import Judge
 from align.registry.hashing import sha256_file
+from align.small_files import read_small
 
 Content = TypeVar("Content")
 
@@ -51,7 +52,10 @@ class RecipeFiles:
     def _once(self, what: str, file: str, load: Callable[[Path], Content]) -> tuple[str, Content]:
         if (what, file) not in self._read:
             path = existing_file(self.folder / file)
-            self._read[what, file] = sha256_file(path), load(path)
+            try:
+                self._read[what, file] = sha256_file(path), load(path)
+            except OSError as error:
+                raise AlignError(f"{what} {path}: {error.strerror}", "Check its permissions.") from error
         return self._read[what, file]
 
 
@@ -75,7 +79,7 @@ def existing_file(path: Path) -> Path:
 
 
 def _text(file: Path) -> str:
-    content = file.read_bytes()
+    content = read_small(file)
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -17,6 +17,7 @@ from align.data.examples import Question
 from align.data.prepared import DataReport, PreparedData, write_prepared
 from align.data.split import without_questions_of
 from align.errors import AlignError, StageFailed
+from align.fitting import begun_with
 from align.launch.job import check_launch, launched, shared
 from align.origins import Weights, Workshop, library_versions
 from align.plan import PlannedStage, output_key, plan, planned_stage
@@ -109,6 +110,9 @@ def run_recipe(
     for run_id in workshop.registry.recover():
         progress.note(f"run {run_id} had finished when it was killed; its result is registered now")
     checked_plan(workshop, stages, force)
+    workshop.registry.make()  # only now: what is refused leaves no trace
+    for data in _given_data(workshop, order):
+        workshop.data(data)
     products = Products(workshop)
     done = []
     for name in order:
@@ -133,8 +137,7 @@ def checked_plan(workshop: Workshop, stages: Sequence[str] = (), force: Sequence
 
 
 def _check(workshop: Workshop, order: Sequence[str], planned: Sequence[PlannedStage]) -> None:
-    names = dict.fromkeys(data for stage in order for data in workshop.data_names(stage) if not workshop.unmade(data))
-    prepared = {name: workshop.data(name)[1] for name in names}
+    prepared = {data: workshop.prepared(data) for data in _given_data(workshop, order)}
     going = [entry.name for entry in planned if entry.action in ("run", "resume")]
     for name in going:
         check_rows_of(workshop, name, prepared)
@@ -146,6 +149,11 @@ def _check(workshop: Workshop, order: Sequence[str], planned: Sequence[PlannedSt
         check_ppo(workshop, name, prepared)
         check_critique(workshop, name, prepared)
         check_parts(workshop, name)
+
+
+def _given_data(workshop: Workshop, order: Sequence[str]) -> list[str]:
+    """Data sets that the stages read and that no stage is still to make."""
+    return list(dict.fromkeys(one for stage in order for one in workshop.data_names(stage) if not workshop.unmade(one)))
 
 
 def _made(workshop: Workshop, name: str, products: Products, progress: Progress, *, forced: bool) -> Made:
@@ -225,6 +233,7 @@ def _execute(
     with begun as run:
         inputs = _inputs(workshop, name, weights, prepared, run)
         module, heard = STAGES[settings.kind], RunProgress(progress, run, settings)
+        settings = begun_with(workshop, name, heard.note)
         with disk_errors_explained(run.work), shared(workshop, name, module, inputs, heard):
             outcome = import_module(module).run(settings, inputs, run.artifact, heard)
             if isinstance(outcome, DataOutcome):

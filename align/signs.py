@@ -60,7 +60,7 @@ def _of_the_gradient(norm: Series) -> str:
         return "The gradient was 0 at every logged step: nothing was learnt."
     usual = median(values)
     step, worst = max(norm, key=lambda entry: entry[1])
-    if usual > 0 and len(values) > 2 and worst > EXPLODED * usual:
+    if usual > 0 and worst > EXPLODED * usual:
         return (
             f"The gradient norm reached {worst:.3g} at step {step}, where {usual:.3g} is usual: it exploded. "
             "Look at the rows of that step, or lower learning_rate."

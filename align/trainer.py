@@ -2,17 +2,17 @@
 
 It stands on `transformers.Trainer`, which brings devices, optimisers, schedules and logging integrations. Three things
 are ours. One item of the data loader is one whole optimiser step, cut into micro-batches by a token budget, so that the
-result does not depend on what fits into memory. The whole run is one pass over a stream of shuffled epochs, so that a
-resumed run goes on with the very next row. And a number that is not finite stops the run at once, with the rows named.
+result does not depend on what fits into memory (steps.py). The whole run is one pass over a stream of shuffled epochs, so
+that a resumed run goes on with the very next row (streams.py). And a step that must not be taken is never taken.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
 import time
-from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,23 +24,26 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from align.batches import epoch_order, micro_batches
-from align.errors import Interrupted, StageFailed
+from align.bad_steps import StepWatch
+from align.errors import Interrupted
+from align.memory import Budget, lacks_memory, out_of_memory
 from align.models.folders import quiet
-from align.models.hardware import compute_dtype, width_of
-from align.models.logps import is_padded
 from align.objective import Objective
 from align.parallel.sharing import Sharing, sharing_of
 from align.progress import Bar, Progress
 from align.recipe.settings import TrainingSettings
+from align.saves import Saves, copied, waits_for_disk
 from align.state import complete_states, mark_complete, step_of
+from align.steps import Step, Stepper, measure
 from align.stopping import stop_requested, stops_at_boundary
+from align.streams import RowStream, Stream
 
 TRAINED = "trained.safetensors"  # in a state: the weights that train, and no others
+LOOP = "loop.json"  # in a state: what the loop itself has learnt of its steps
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,9 @@ class Task:
     """All that one training needs. `held_out` rows are only measured; `state` keeps what a resumed run needs.
 
     stream: the rows of each optimiser step; None: shuffled epochs. own_rates: peak learning rates of parameters, by
-    name, where they differ from the settings'; their gradients are clipped apart from the others.
+    name, where they differ from the settings'; their gradients are clipped apart from the others. budget: where the
+    objective shares it; None: as the settings say. save_aside: whether states are written in a thread; None: where the
+    device gains by it.
     """
 
     model: nn.Module
@@ -61,13 +66,31 @@ class Task:
     log_to: Sequence[str] = ()
     stream: Stream | None = None
     own_rates: Mapping[str, float] = field(default_factory=dict)
+    budget: Budget | None = None
+    save_aside: bool | None = None
 
 
-def train(task: Task, progress: Progress) -> int:
-    """Train the model in place, going on from the last complete state if there is one. Returns the steps that were made.
+@dataclass(frozen=True)
+class Trained:
+    """How a training went. steps: those that were skipped count. batch_tokens: None where it stayed as the recipe says."""
+
+    steps: int
+    skipped_steps: int
+    batch_tokens: int | None
+
+    def as_metrics(self) -> dict[str, Any]:
+        """What the record of a checkpoint says of it, where there is something to say."""
+        said = {"skipped_steps": self.skipped_steps or None, "batch_tokens": self.batch_tokens}
+        known = {name: value for name, value in said.items() if value is not None}
+        return {"training": {"steps": self.steps, **known}} if known else {}
+
+
+def train(task: Task, progress: Progress) -> Trained:
+    """Train the model in place, going on from the last complete state if there is one.
 
     Other processes of this run join in where the stage allows it; they leave it here, with Released. Raises StageFailed
-    when loss or gradient is not finite, Interrupted when a signal asked to stop.
+    for a step that must not be taken, or that does not fit into memory, where the settings do not say otherwise;
+    Interrupted when a signal asked to stop.
     """
     stream = task.stream or RowStream(len(task.rows), task.settings, task.seed)
     sharing = sharing_of(task.model)
@@ -79,7 +102,7 @@ def train(task: Task, progress: Progress) -> int:
     with progress.bar("training", len(stream)) as bar, stops_at_boundary():
         trainer.bar = bar
         bar.advance(done)
-        with _memory_explained(task.settings):
+        with _memory_explained(), trainer.saves:
             trainer.train(resume_from_checkpoint=str(last) if last else None)
     if number := stop_requested():
         raise Interrupted(
@@ -88,179 +111,74 @@ def train(task: Task, progress: Progress) -> int:
             "The same command goes on from there.",
         )
     sharing.finish()
-    return int(trainer.state.global_step)
-
-
-def steps_of(rows: int, settings: TrainingSettings) -> int:
-    """Optimiser steps of a run over that many rows."""
-    steps = math.ceil(_rows_of_run(rows, settings) / settings.batch_size)
-    return min(steps, settings.max_steps or steps)
-
-
-def _rows_of_run(rows: int, settings: TrainingSettings) -> int:
-    """How often a row is seen in a whole run: all epochs together, one row at least."""
-    return max(1, round(settings.epochs * rows))
-
-
-class Stream(Sampler[list[int]]):
-    """Row numbers of each optimiser step. The same numbers in the same order whenever it is asked."""
-
-    @abstractmethod
-    def __len__(self) -> int:
-        """Optimiser steps of the run."""
-
-
-class RowStream(Stream):
-    """Row numbers of each optimiser step: one shuffled epoch after the other, cut into batches across their seams."""
-
-    def __init__(self, rows: int, settings: TrainingSettings, seed: int) -> None:
-        self.rows, self.seed = rows, seed
-        self.batch_size = settings.batch_size
-        self.steps = steps_of(rows, settings)
-        self.total = min(_rows_of_run(rows, settings), self.steps * settings.batch_size)
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __iter__(self) -> Iterator[list[int]]:
-        batch: list[int] = []
-        for position in range(self.total):
-            epoch, offset = divmod(position, self.rows)
-            if offset == 0:
-                order = epoch_order(self.rows, self.seed, epoch)
-            batch.append(order[offset])
-            if len(batch) == self.batch_size:
-                yield batch
-                batch = []
-        if batch:
-            yield batch
+    return trainer.trained
 
 
 @contextmanager
-def _memory_explained(settings: TrainingSettings) -> Iterator[None]:
-    """A device that is too small, as our error."""
+def _memory_explained() -> Iterator[None]:
+    """A device that is too small for what is not cut into micro-batches, as our error."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise StageFailed(
-            f"out of memory with batch_tokens: {settings.batch_tokens} ({str(error).splitlines()[0]})",
-            "Lower batch_tokens (the result stays the same), or set gradient_checkpointing: true.",
-        ) from error
-
-
-def measure(
-    model: nn.Module,
-    objective: Objective,
-    rows: Sequence[Any],
-    settings: TrainingSettings,
-    sharing: Sharing | None = None,
-) -> dict[str, float]:
-    """Mean loss and metrics of the objective over `rows`, without training; {} when there are none."""
-    if not rows:
-        return {}
-    sharing = sharing or Sharing(model)
-    was_training = model.training
-    model.eval()
-    sums: Counter[str] = Counter()
-    with torch.no_grad():
-        with autocast(model, settings.precision):
-            rows = sharing.through(lambda model: objective.prepared(model, rows))
-        lengths = [objective.tokens(row) for row in rows]
-        for group, counts in sharing.groups(lengths, _cut(model, settings)):
-            with autocast(model, settings.precision):
-                loss, more = _loss_of(sharing, objective, [rows[i] for i in group])
-            if counts:
-                sums.update({"loss": float(loss), **more})
-    model.train(was_training)
-    weight = objective.weight(rows)
-    return {name: total / weight for name, total in sharing.merged(sums).items()}
-
-
-def _cut(model: nn.Module, settings: TrainingSettings) -> partial[list[list[int]]]:
-    """Lengths of rows -> micro-batches."""
-    return partial(micro_batches, budget=settings.batch_tokens, padded=is_padded(model))
-
-
-def _loss_of(sharing: Sharing, objective: Objective, rows: Sequence[Any]) -> tuple[Tensor, dict[str, float]]:
-    return sharing.through(lambda model: objective(model, rows))
-
-
-def autocast(model: nn.Module, precision: str) -> torch.autocast:
-    """Arithmetic in the precision asked for; weights that train stay float32."""
-    config: Any = model.config
-    dtype = compute_dtype(precision, width_of(config))
-    return torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    except (RuntimeError, MemoryError) as error:
+        if not lacks_memory(error):
+            raise
+        hint = (
+            "Other than in a micro-batch: train an adapter, quantize: nf4, or a smaller model; for ppo, fewer rollouts."
+        )
+        raise out_of_memory(error, "in training", hint) from error
 
 
 class _StepTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
-    """transformers' Trainer with our optimiser step, our log and our check for finite numbers."""
+    """transformers' Trainer with our optimiser step, our log and our saved states."""
 
     bar: Bar
-    _kept: dict[str, Tensor]  # of a state that is being saved, like the optimiser's
-    _optimizer_state: dict[str, Any]
 
     def __init__(self, task: Task, stream: Stream, progress: Progress, sharing: Sharing) -> None:
         self.task, self.stream, self.progress, self.sharing = task, stream, progress, sharing
+        self.budget = task.budget or Budget.of(task.settings, progress.note)
+        self.watch = StepWatch(task.settings)
+        self._stepper = Stepper(
+            sharing, task.objective, task.settings, self.budget, self.watch, frozenset(task.own_rates), progress.note
+        )
+        self._step: Step | None = None
         self._sums: Counter[str] = Counter()
         self._weight = 0.0
         self._losses: list[float] = []  # of the steps that learnt something
         self._tokens, self._since = 0, time.perf_counter()
-        self._current: list[int] = []
         arguments = _arguments(task, len(stream), task.seed + sharing.rank)
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(task.state.parent / "tensorboard")  # outlives the state
         super().__init__(model=sharing.model, args=arguments, train_dataset=_Rows(task.rows), data_collator=list)
+        self.saves = Saves(aside=waits_for_disk(self.args.device) if task.save_aside is None else task.save_aside)
         self.remove_callback(PrinterCallback)
         self.add_callback(_AtStepEnd(self))
+
+    @property
+    def trained(self) -> Trained:
+        """How it went."""
+        tokens = self.budget.tokens
+        changed = tokens if tokens < self.task.settings.batch_tokens else None
+        return Trained(int(self.state.global_step), self.watch.skipped, changed)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         return DataLoader(self.train_dataset, batch_sampler=self.stream, collate_fn=list)
 
     def training_step(self, model: nn.Module, inputs: list[tuple[int, Any]], num_items_in_batch: Any = None) -> Tensor:
         model.train()
-        objective, settings = self.task.objective, self.task.settings
-        self._current = [number for number, _ in inputs]
-        total = torch.zeros((), device=self.args.device)
-        with autocast(model, settings.precision):
-            step = [row for _, row in inputs]
-            rows = self.sharing.through(lambda model: objective.prepared(model, step))
-        if not rows:
+        numbers, rows = [number for number, _ in inputs], [row for _, row in inputs]
+        self._step = step = self._stepper.make(numbers, rows, self.state.global_step + 1)
+        if step is None:
             self.bar.advance(1)
-            return total
-        lengths = [objective.tokens(row) for row in rows]
-        weight = objective.weight(rows)
-        for group, counts in self.sharing.groups(lengths, _cut(model, settings)):
-            with autocast(model, settings.precision):
-                loss, sums = _loss_of(self.sharing, objective, [rows[i] for i in group])
-            self.accelerator.backward(loss / (weight / self.sharing.scale) if counts else loss * 0.0)
-            if counts:
-                total += loss.detach()
-                self._sums.update(sums)
-        self.sharing.add_gradients()
-        total = self.sharing.summed(total)
-        self._weight += weight
-        self._tokens += sum(lengths)
-        mean = total / weight
-        self._refuse_unless_finite("loss", float(mean))
-        self._losses.append(float(mean))
-        self.bar.advance(1, tokens=sum(lengths), note=f"loss {float(mean):.3f}")
-        return mean
+            return torch.zeros((), device=self.args.device)
+        self._sums.update(step.sums)
+        self._weight += step.weight
+        self._tokens += step.tokens
+        self._losses.append(step.loss)
+        self.bar.advance(1, tokens=step.tokens, note=f"loss {step.loss:.3f}")
+        return torch.tensor(step.loss, device=self.args.device)
 
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        own = self.task.own_rates
-        named = [(name, weight) for name, weight in model.named_parameters() if weight.grad is not None]
-        limit = self.args.max_grad_norm
-        apart = self.accelerator.clip_grad_norm_([weight for name, weight in named if name in own], limit)
-        self._refuse_unless_finite("gradient norm of the value model", float(apart or 0.0))
-        norm = self.accelerator.clip_grad_norm_([weight for name, weight in named if name not in own], limit)
-        self._refuse_unless_finite("gradient norm", float(norm))
-        return norm
-
-    def _refuse_unless_finite(self, what: str, value: float) -> None:
-        if not math.isfinite(value):
-            raise StageFailed(
-                f"the {what} is {value} at step {self.state.global_step + 1}, on training rows {sorted(self._current)}",
-                "Nothing was saved after the last complete state. Lower learning_rate, or use precision: float32.",
-            )
+    def _clip_grad_norm(self, model: nn.Module) -> float:
+        """Of the policy, where a value model trains beside it. The step has clipped its gradients already."""
+        return self._step.norms.get("gradient norm", 0.0) if self._step else 0.0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -269,6 +187,7 @@ class _StepTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
             now = time.perf_counter()
             loss = sum(self._losses) / len(self._losses) if self._losses else 0.0
             logs = {**logs, "loss": loss, **means, "tokens_per_second": self._tokens / (now - self._since)}
+            logs |= {name: value for name, value in vars(self.trained).items() if value and name != "steps"}
             self._sums, self._weight, self._losses = Counter(), 0.0, []
             self._tokens, self._since = 0, now
             self.progress.metrics(self.state.global_step, {f"train.{name}": float(v) for name, v in logs.items()})
@@ -276,8 +195,8 @@ class _StepTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
 
     def measure_held_out(self) -> None:
         """Held-out loss and metrics at this step, into the log."""
-        began = time.perf_counter()
-        numbers = measure(self.model, self.task.objective, self.task.held_out, self.task.settings, self.sharing)
+        began, task = time.perf_counter(), self.task
+        numbers = measure(self.model, task.objective, task.held_out, task.settings, self.sharing, self.budget)
         self._since += time.perf_counter() - began  # not a time in which tokens are trained
         self.progress.metrics(self.state.global_step, {f"eval.{name}": value for name, value in numbers.items()})
 
@@ -286,14 +205,29 @@ class _StepTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
         _split_groups(optimizer, self.model, self.task.own_rates)
         return optimizer  # type: ignore[no-any-return]
 
+    # States -----------------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Small files now, the tensors as they are now, written when `saves` comes to it; the mark that counts is last."""
+        self.saves.wait()
+        kept: Any = {name: self.sharing.whole(weight) for name, weight in _trained(self.model).items()}
+        moments: Any = self.sharing.optimizer_state(self.optimizer)
+        if not self.sharing.leads:
+            return
+        if self.saves.aside:
+            kept, moments = copied(kept), copied(moments)
+        with quiet():
+            super()._save_checkpoint(model, trial)
+        self.saves.begin(partial(_write, self.task.state, int(self.state.global_step), kept, moments))
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(str(output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(self._kept, folder / TRAINED)
         self.task.objective.save(folder)
+        loop = {"batch_tokens": self.budget.tokens, "watch": self.watch.state()}
+        (folder / LOOP).write_text(json.dumps(loop), encoding="utf-8")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        torch.save(self._optimizer_state, Path(output_dir) / OPTIMIZER_NAME)
         torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -307,19 +241,13 @@ class _StepTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
         for name, values in saved.items():
             self.sharing.copy_into(trained[name], values)
         self.task.objective.load(folder)
+        loop = json.loads((folder / LOOP).read_text(encoding="utf-8"))
+        self.budget.tokens = loop["batch_tokens"]
+        self.watch.restore(loop["watch"])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if self.sharing.leads:  # the noise of dropout is not to be the same in all processes
             super()._load_rng_state(checkpoint)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self._kept = {name: self.sharing.whole(weight) for name, weight in _trained(self.model).items()}
-        self._optimizer_state = self.sharing.optimizer_state(self.optimizer)
-        if self.sharing.leads:
-            with quiet():
-                super()._save_checkpoint(model, trial)
-            mark_complete(self.task.state, self.state.global_step)
-        self._kept, self._optimizer_state = {}, {}
 
 
 class _AtStepEnd(TrainerCallback):  # type: ignore[misc]
@@ -330,6 +258,7 @@ class _AtStepEnd(TrainerCallback):  # type: ignore[misc]
         self.every = max(1, math.ceil(len(trainer.stream) / 5))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.saves.check()
         if state.global_step in (1, state.max_steps):
             control.should_log = True
         if self.trainer.sharing.stop_agreed():
@@ -338,6 +267,14 @@ class _AtStepEnd(TrainerCallback):  # type: ignore[misc]
             control.should_log = control.should_training_stop = True
         elif state.global_step % self.every == 0:
             self.trainer.measure_held_out()
+
+
+def _write(states: Path, step: int, trained: dict[str, Tensor], moments: dict[str, Any]) -> None:
+    """The tensors of a state, then its mark."""
+    folder = states / f"checkpoint-{step}"
+    save_file(trained, folder / TRAINED)
+    torch.save(moments, folder / OPTIMIZER_NAME)
+    mark_complete(states, step)
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:

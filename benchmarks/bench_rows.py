@@ -79,10 +79,10 @@ TRL_AS_INSTALLED = Side(AS_INSTALLED, "trl", ("--own-precision", "--steps", "1")
 TRL_UNPACKED = Side(UNPACKED, "trl", ("--no-checkpointing",), tuned=True)
 TRL_PACKED = Side(BEST, "trl", ("--no-checkpointing", "--packed"), tuned=True, compared=False)
 SFT = {
-    "kind": "sft", "batch": 8, "warmup": 1, "steps": 3, "learning_rate": 1e-3, "beta": None, "adapter": False,
+    "kind": "sft", "batch": 8, "warmup": 4, "steps": 4, "learning_rate": 1e-3, "beta": None, "adapter": False,
     "quantize": None,
 }  # fmt: skip
-PAIRS = {**SFT, "learning_rate": 1e-4, "steps": 2}
+PAIRS = {**SFT, "learning_rate": 1e-4, "steps": 3}
 PAIR_TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
 
 

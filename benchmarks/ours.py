@@ -117,7 +117,7 @@ def _objective(work: dict[str, Any], settings: Any, model: Any, rows: list[Any])
     from align.progress import Progress
     from align.stages.objectives import AnswerLoss, ComparedPair, PreferenceLoss, RewardLoss
     from align.stages.reference import as_floats, reference_logps
-    from align.trainer import autocast
+    from align.steps import autocast
 
     if work["kind"] == "sft":
         return AnswerLoss(), [Encoded(ids, [True] * len(ids)) for ids in rows]
@@ -160,7 +160,8 @@ def watch(objective: Any, clock: StepClock) -> Any:
 
 def _product(model: Any, objective: Any, rows: list[Any], settings: Any, clock: StepClock) -> None:
     from align.progress import Progress
-    from align.trainer import Stream, Task, train
+    from align.streams import Stream
+    from align.trainer import Task, train
 
     steps = len(rows) // settings.batch_size
 
@@ -187,7 +188,7 @@ def _bare_loop(model: Any, objective: Any, rows: list[Any], settings: Any) -> No
 
     from align.batches import micro_batches
     from align.models.logps import is_padded
-    from align.trainer import autocast
+    from align.steps import autocast
 
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)

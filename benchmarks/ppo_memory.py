@@ -132,13 +132,15 @@ def ppo_task(folder: str, rows: list[list[int]], work: Path, _adapter: Any, quan
     """Two rounds of ppo with every role an adapter on the base."""
     from align.advantages import KlController, RunningMoments
     from align.data.examples import Message, Prompt
+    from align.memory import Budget
     from align.models.adapters import put_reward_adapter
     from align.models.folders import load_tokenizer
     from align.models.roles import AdapterReward, RoleOpener
     from align.models.source import source_of
     from align.ppo.collection import Collector, Controls
+    from align.ppo.encoding import EncodedPrompt
     from align.ppo.objective import PpoLoss
-    from align.ppo.prompts import EncodedPrompt, RoundStream
+    from align.ppo.prompts import RoundStream
     from align.ppo.proof import Proof
     from align.progress import Progress
     from align.recipe.settings import PpoSettings
@@ -164,7 +166,7 @@ def ppo_task(folder: str, rows: list[list[int]], work: Path, _adapter: Any, quan
     rewards, none = (build_rewards(terms, models={"reward": model}, judges={}) for terms in (settings.reward, []))
     controls = Controls(KlController(0.05, None, 10_000), RunningMoments())
     engine = LocalEngine(tokenizer, [tokenizer.eos_token_id])
-    collector = Collector(settings, prompts, engine, rewards, none, controls, 0, Progress())
+    collector = Collector(settings, prompts, engine, rewards, none, controls, Budget.of(settings), 0, Progress())
     stream = RoundStream(2, settings, 0)
     objective = PpoLoss(settings, collector, stream.steps_per_round, lambda *_: {}, Proof(True), Progress())
     rates = dict.fromkeys(roles.value_names, 1e-4)

@@ -106,13 +106,15 @@ def run_ours(options: argparse.Namespace) -> dict[str, Any]:
     from align.advantages import KlController, RunningMoments
     from align.chat.templates import prepare_tokenizer
     from align.data.examples import Message, Prompt
+    from align.memory import Budget
     from align.models.folders import load_tokenizer
     from align.models.loading import load_reward
     from align.models.roles import RoleOpener
     from align.models.source import source_of
     from align.ppo.collection import Collector, Controls
+    from align.ppo.encoding import EncodedPrompt
     from align.ppo.objective import PpoLoss
-    from align.ppo.prompts import EncodedPrompt, RoundStream
+    from align.ppo.prompts import RoundStream
     from align.ppo.proof import Proof
     from align.recipe.settings import PpoSettings
     from align.rewards.model import RewardModel, context_encoder
@@ -145,7 +147,7 @@ def run_ours(options: argparse.Namespace) -> dict[str, Any]:
         controls = Controls(KlController(settings.kl_coefficient, None, 10_000), RunningMoments())
         rewards, none = (build_rewards(terms, models={"reward": model}, judges={}) for terms in (settings.reward, []))
         engine = LocalEngine(tokenizer, [tokenizer.eos_token_id])
-        collector = Collector(settings, prompts, engine, rewards, none, controls, 0, heard)
+        collector = Collector(settings, prompts, engine, rewards, none, controls, Budget.of(settings), 0, heard)
         stream = RoundStream(options.iterations, settings, 0)
         objective = PpoLoss(settings, collector, stream.steps_per_round, lambda *_: {}, Proof(not options.bf16), heard)
         tickets = range(options.iterations * settings.rollouts)

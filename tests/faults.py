@@ -132,13 +132,15 @@ def for_good(countdown: int) -> Faults:
     return Faults(countdown, full, only=ROOM, lasting=True)
 
 
-def killed(folder: Path, work: Callable[[Registry], object], countdown: int) -> bool:
-    """Whether a child process that did `work` in the registry of `folder` was killed before its end."""
+def killed(
+    folder: Path, work: Callable[[Registry], object], countdown: int, *, only: frozenset[str] = frozenset()
+) -> bool:
+    """Whether a child process that did `work` in the registry of `folder` was killed before its end. only: calls to watch."""
     child = os.fork()
     if child == 0:
         try:
             registry = Registry.open(folder)
-            with Faults(countdown, die).armed(after=True):
+            with Faults(countdown, die, only=only).armed(after=True):
                 work(registry)
             os._exit(0)
         finally:

@@ -21,17 +21,20 @@ ROUNDS = (
     "kind: ppo, prompts: asked, reward: {kind: regex, pattern: e}, rollouts: 8, rounds: 2, round_epochs: 2, batch_size: 4,"
     " max_new_tokens: 6, learning_rate: 1.0e-2, missing_stop_penalty: 0.0, save_steps: 2, log_steps: 1, batch_tokens: 60"
 )  # 8 steps
+SKIPS = "bad_steps: skip, exploding_norm: 1.0001"  # half of all norms are above their median
 MORE = "evaluation: {rows: 2, max_new_tokens: 4}\n"
 PAIR_LOSSES = ("sigmoid", "robust", "ipo", "hinge", "simpo", "orpo", "cpo", "apo-zero")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A stage named x in YAML, on a model. quick: one of its kind that belongs to the fast tests."""
+    """A stage named x in YAML, on a model. quick: one of its kind that belongs to the fast tests. few: good steps that are
+    enough to call others unusual; None: as many as ever."""
 
     stage: str
     model: str = "brisk"
     quick: bool = False
+    few: int | None = None
 
     @property
     def trains(self) -> bool:
@@ -60,6 +63,8 @@ CASES = {
     "ppo-rloo": Case(f"{{{ROUNDS}, estimator: {{kind: rloo, samples: 4}}}}"),
     "ppo-grpo": Case(f"{{{ROUNDS}, estimator: {{kind: grpo, samples: 4}}, kl_in: loss, kl_estimator: k3}}"),
     "ppo-reinforce++": Case(f"{{{ROUNDS}, estimator: reinforce++, kl_estimator: k2, {LORA}, quantize: nf4}}"),
+    "sft-skips": Case(f"{{kind: sft, data: talk, {SKIPS}, {STEPS}}}", "tiny_gpt2", quick=True, few=1),
+    "ppo-skips": Case(f"{{{ROUNDS}, {SKIPS}, value: {{kind: model, warmup_rounds: 1}}}}", few=1),
     "critique": Case("{kind: critique, prompts: asked, constitution: rules.yaml, samples: 3, max_new_tokens: 8}"),
 }  # fmt: skip
 
@@ -82,6 +87,14 @@ def made(port: Port) -> list[str]:
     """Content hashes of what stage x made: of all bytes of a checkpoint, or of its data sets."""
     registry = port.workshop().registry
     return sorted({record.id for record in (*registry.all_checkpoints(), *_by_runs(registry.all_data()))})
+
+
+def skipped(port: Port) -> list[int]:
+    """The steps that stage x left out."""
+    registry = port.workshop().registry
+    rows = registry.metrics(registry.all_runs()[0].id)
+    counts = {row.step: row.value for row in rows if row.name == "train.skipped_steps"}
+    return [step for step, count in sorted(counts.items()) if count > counts.get(step - 1, 0)]
 
 
 def _by_runs(records: list[Any]) -> list[Any]:
@@ -111,14 +124,17 @@ class KillAt(Progress):
         yield Bar()
 
 
-def work(folder: Path, step: int | None, calls: int) -> None:
+def work(folder: Path, step: int | None, calls: int, few: int | None = None) -> None:
     """Runs the recipe in `folder`, in this process; it is killed in a step, or at a call of the disk or the database.
 
     How many such calls there were is written to the file `calls`.
     """
+    from align import bad_steps
     from align.critique import work as critique
 
     critique.ROWS_AT_ONCE = 2  # of 9 prompts
+    if few is not None:
+        bad_steps.FEWEST = few
     faults = Faults(calls, lambda _name: os.kill(os.getpid(), signal.SIGKILL))
     with faults.armed(after=True):
         Port(folder, folder / "port.yaml").run(progress=KillAt(step) if step else Progress())
@@ -133,9 +149,9 @@ FRESH.set_forkserver_preload([
 ])  # fmt: skip
 
 
-def started(folder: Path, step: int | None = None, calls: int = NEVER) -> Any:
+def started(folder: Path, step: int | None = None, calls: int = NEVER, few: int | None = None) -> Any:
     """A process that does `work`."""
-    process = FRESH.Process(target=work, args=(folder, step, calls))
+    process = FRESH.Process(target=work, args=(folder, step, calls, few))
     process.start()
     return process
 

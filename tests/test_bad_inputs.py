@@ -55,6 +55,7 @@ def cases() -> Iterator[object]:
             yield pytest.param(kind, name, words, id=f"{kind}/{name}", marks=marks)
 
 
+SECOND_DATA_SET_IS_BAD = ("run", "recipe.yaml", "--set", "data.asks=bad.jsonl")
 Command = Callable[..., tuple[int, str]]
 
 
@@ -64,6 +65,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
     folder = tmp_path_factory.mktemp("bench") / "here"
     shutil.copytree(CORPUS / "around", folder)
     shutil.copytree(tiny_llama, folder / "model")
+    shutil.copy(CORPUS / "rows" / "cut-off.jsonl", folder / "bad.jsonl")
     fill(folder / "home")
     gc.collect()  # the last connection to leave tidies up the database's files
     return folder
@@ -162,10 +164,31 @@ def test_what_stands_around_the_inputs_is_good(align: Command) -> None:
         ("check", "judge.yaml"),
         ("data", "add", "recipe.yaml", "--name", "rows"),
         ("data", "add", "talk.jsonl", "--name", "../evil"),
+        ("data", "add", "~nobody-of-that-name/talk.jsonl", "--name", "rows"),
+        ("data", "add", "talk.jsonl", "--name", "rows", "--test-fraction", "nan"),
+        ("data", "add", "talk.jsonl", "--name", "rows", "--seed", "4294967296"),
+        ("data", "show", "nothing"),
         ("run", "judge.yaml"),
+        ("run", "recipe.yaml", "--stage", "nothing"),
+        ("run", "recipe.yaml", "--force", "nothing"),
+        ("run", "recipe.yaml", "--report", "talk.jsonl/page.html"),
+        ("run", "recipe.yaml", "--set", "model=./nothing"),
+        ("run", "recipe.yaml", "--set", "template=asks.jsonl"),
+        ("run", "recipe.yaml", "--set", "stages.sft.max_length=9999"),
+        SECOND_DATA_SET_IS_BAD,
+        ("sft", "recipe.yaml", "--set", "evaluation.judge=recipe.yaml"),
+        ("ppo", "recipe.yaml"),
+        ("critique", "recipe.yaml", "--set", "stages.critique.constitution=judge.yaml"),
+        ("check", "recipe.yaml", "--set", "stages.sft.max_length=8", "--set", "stages.sft.too_long=error"),
+        ("plan", "recipe.yaml", "--stage", "nothing"),
         ("checkpoints", "show", "../evil"),
+        ("checkpoints", "tag", "a/b", "c"),
+        ("checkpoints", "untag", "c"),
+        ("checkpoints", "remove", "a/b"),
+        ("runs", "resume", "0123456789ab"),
         ("report", "nothing"),
     ],
+    ids=" ".join,
 )
 def test_where_there_is_no_registry_a_refusal_makes_none(
     words: tuple[str, ...], align: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -174,3 +197,11 @@ def test_where_there_is_no_registry_a_refusal_makes_none(
     code, said = align(*words)
     assert code == 2, said
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_chain_whose_second_data_set_is_bad_registers_none_of_them(bench: Path, align: Command) -> None:
+    listed, before = listing(bench / "home"), contents(bench)
+    code, said = align(*SECOND_DATA_SET_IS_BAD)
+    assert (code, "bad.jsonl:2: broken JSON" in said) == (2, True), said
+    assert contents(bench) == before
+    assert listing(bench / "home") == listed

@@ -679,3 +679,38 @@ def test_a_thousand_rows_take_about_a_second(tokenizer: Any) -> None:
     for row in rows:
         encode.conversation(row)
     assert time.process_time() - start < 3  # 0.4 on a quiet machine
+
+
+# Work ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_is_rendered_twice_and_a_pair_three_times(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once as it is and once as it is asked for; both answers of a pair are asked for by one prompt."""
+    rendered: list[int] = []
+    render = type(tokenizer).apply_chat_template
+    monkeypatch.setattr(type(tokenizer), "apply_chat_template", lambda *a, **k: rendered.append(1) or render(*a, **k))
+    for row, times in (
+        (lambda own: own.conversation(Conversation((QUESTION, ANSWER))), 2),
+        (lambda own: own.preference(Preference((QUESTION,), (ANSWER,), (LAST,))), 3),
+        (lambda own: own.preference(Preference((QUESTION, ANSWER, MORE), (ANSWER,), (LAST,))), 3 + 2),
+        (lambda own: own.prompt((QUESTION, ANSWER, MORE)), 1 + 2),
+    ):
+        own = encoder(tokenizer)
+        own.prompt((MORE,))  # the template is tried first
+        rendered.clear()
+        row(own)
+        assert len(rendered) == times
+
+
+def test_what_is_kept_of_one_row_never_stands_in_another(tokenizer: Any) -> None:
+    """Rows that share beginnings, tools or nothing, in all orders, encode as each does alone."""
+    tools = ({"type": "function", "function": {"name": "find", "parameters": {}}},)
+    rows = [
+        Conversation(CHAT), Conversation(CHAT[:2]), Conversation(CHAT[2:]), Conversation(CHAT[:2], tools),
+        Conversation((QUESTION, LAST)), Conversation((Message("user", QUESTION.content), ANSWER)),
+    ]  # fmt: skip
+    alone = [encoder(tokenizer).conversation(row) for row in rows]
+    shared = encoder(tokenizer)
+    for first in range(len(rows)):
+        for second in range(len(rows)):
+            assert [shared.conversation(rows[place]) for place in (first, second)] == [alone[first], alone[second]]

@@ -103,7 +103,7 @@ def test_several_processes_give_the_same_rows_in_the_same_order_and_name_the_row
         one_by_one(strict, list(CONVERSATIONS))
     with pytest.raises(AlignError) as error:
         encode_rows(Encoder(tokenizer, max_length=40, too_long="error"), CONVERSATIONS, tmp_path / "x", Progress(), 2)
-    assert str(error.value) == str(alone_error.value)
+    assert str(error.value).endswith(str(alone_error.value))
     assert not list((tmp_path / "x").rglob("*.json"))
 
 

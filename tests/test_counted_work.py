@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from align.batches import micro_batches
 from align.chat.encoded import Encoded, EncodedPair
+from align.memory import Budget
 from align.models.logps import is_lean, is_padded
 from align.models.trunk import attends_by_document, trunk_of
 from align.progress import Progress
@@ -117,7 +118,7 @@ def test_ratings_of_one_prompt_read_it_once(policy: Any) -> None:
     prompt = list(range(1, 21))
     replies = [row(prompt, [60 + n] * 4) for n in range(3)]
     rated = [RatedRow(one, True, -1.0, other, -1.0) for one, other in zip(replies, reversed(replies), strict=True)]
-    objective = RatedLoss(KtoLoss(kind="kto"), beta=0.1, batch_tokens=1000)
+    objective = RatedLoss(KtoLoss(kind="kto"), beta=0.1, budget=Budget(1000))
     trunk = through_trunk(policy)
     objective(policy, objective.prepared(policy, rated))[0].backward()
     assert trunk.calls == [20 + 12] * 2  # once for the baseline, once for the loss

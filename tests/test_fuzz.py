@@ -104,6 +104,19 @@ class Bench:
         assert not set(said) & {"\x1b", "\x07", "\x00", "\x9b"}, said
         return code
 
+    def reads(self, file: str, contents: Any, examples: int, *command: str) -> None:
+        """Each of the contents, in that file, is read by the command or refused in words, and nothing else changes."""
+
+        @some(examples)
+        @given(contents)
+        def holds(content: bytes) -> None:
+            Path(file).write_bytes(content)
+            self.holds(*command, file)
+
+        holds()
+        Path(file).unlink()
+        assert self.state() == self.before
+
 
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
@@ -172,74 +185,50 @@ ROWS: dict[str, list[Any]] = {
     "pairs": [{"prompt": "a?", "chosen": "b", "rejected": "c", "margin": 1.0, "probability": 0.9}],
     "talk": [{"messages": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}], "tools": []}],
     "completion": [{"prompt": "a?", "completion": "b"}, {"prompt": [{"role": "user", "content": "c"}], "completion": "d"}],
-    "alpaca": [{"instruction": "a", "input": "b", "output": "c"}],
+    "alpaca": [{"instruction": "a", "input": "b", "output": "c", "history": [["d", "e"]]}],
     "sharegpt": [{"conversations": [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b"}]}],
     "rated": [{"prompt": "a?", "completion": "b", "label": True}],
     "prompts": [{"prompt": "a?", "expected": {"answer": "b", "not": ["c"]}}],
     "text": [{"text": "a b c"}],
+    "whole pairs": [{"prompt": "a?", "chosen": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}],
+                     "rejected": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "c"}]}],
+    "tools": [{"messages": [{"role": "user", "content": [{"type": "text", "text": "a?"}]}, {"role": "assistant", "content": "",
+               "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}, {"role": "tool", "content": "1", "name": "f"},
+               {"role": "assistant", "content": "b"}], "system": "c", "tools": '[{"name": "f"}]', "expected": {"answer": 1}}],
     "hh": [{"chosen": "\n\nHuman: a?\n\nAssistant: b", "rejected": "\n\nHuman: a?\n\nAssistant: c"}],
 }  # fmt: skip
 
 
+def as_json(value: Any) -> bytes:
+    return json.dumps(value).encode()
+
+
+def as_lines(values: list[Any]) -> bytes:
+    return b"".join(as_json(value) + b"\n" for value in values)
+
+
 @amounts()
 def test_a_recipe_with_changed_values_is_read_or_refused(bench: Bench, examples: int) -> None:
-    @some(examples)
-    @given(st.sampled_from(RECIPES).flatmap(changed))
-    def holds(recipe: Any) -> None:
-        Path("recipe.json").write_text(json.dumps(recipe), encoding="utf-8")
-        bench.holds("recipe", "show", "recipe.json")
-
-    holds()
-    Path("recipe.json").unlink()
-    assert bench.state() == bench.before
+    bench.reads("recipe.json", st.sampled_from(RECIPES).flatmap(changed).map(as_json), examples, "recipe", "show")
 
 
 @amounts()
 def test_a_recipe_with_scratched_text_is_read_or_refused(bench: Bench, examples: int) -> None:
     texts = [path.read_bytes() for path in sorted((ROOT / "recipes").glob("*.yaml"))]
-
-    @some(examples)
-    @given(st.sampled_from(texts).flatmap(scratched))
-    def holds(text: bytes) -> None:
-        Path("recipe.yaml").write_bytes(text)
-        bench.holds("recipe", "show", "recipe.yaml")
-
-    holds()
-    Path("recipe.yaml").unlink()
-    assert bench.state() == bench.before
+    bench.reads("recipe.yaml", st.sampled_from(texts).flatmap(scratched), examples, "recipe", "show")
 
 
 @amounts()
 @pytest.mark.parametrize("form", ROWS)
 def test_changed_rows_are_read_or_refused(bench: Bench, form: str, examples: int) -> None:
-    @some(max(10, examples // len(ROWS)))
-    @given(changed(ROWS[form] * 3), st.booleans())
-    def holds(rows: Any, lines: bool) -> None:
-        if lines:
-            Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        else:
-            Path("rows.jsonl").write_text(json.dumps(rows), encoding="utf-8")
-        bench.holds("data", "check", "rows.jsonl")
-
-    holds()
-    Path("rows.jsonl").unlink()
-    assert bench.state() == bench.before
+    rows = changed(ROWS[form] * 3)
+    bench.reads("rows.jsonl", rows.map(as_lines) | rows.map(as_json), max(10, examples // len(ROWS)), "data", "check")
 
 
 @amounts()
 @pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "jsonl.gz", "parquet"])
 def test_scratched_files_of_rows_are_read_or_refused(bench: Bench, ending: str, examples: int) -> None:
-    text = written(ending)
-
-    @some(max(10, examples // 5))
-    @given(scratched(text))
-    def holds(text: bytes) -> None:
-        Path(f"rows.{ending}").write_bytes(text)
-        bench.holds("data", "check", f"rows.{ending}")
-
-    holds()
-    Path(f"rows.{ending}").unlink()
-    assert bench.state() == bench.before
+    bench.reads(f"rows.{ending}", scratched(written(ending)), max(10, examples // 5), "data", "check")
 
 
 def written(ending: str) -> bytes:
@@ -325,16 +314,18 @@ def test_a_name_is_a_name_or_refused_and_never_a_way_out(bench: Bench, examples:
 def test_a_data_set_gets_a_name_that_stays_in_the_registry(bench: Bench, examples: int) -> None:
     Path("rows.jsonl").write_text('{"prompt": "a?", "completion": "b"}\n' * 2, encoding="utf-8")
     outside = {path for path in contents(bench.folder) if not path.startswith("home/")}
+    before = bench.state()
 
     @some(examples)
     @given(NAMES)
     def holds(name: str) -> None:
-        listed, files, around = bench.state()
+        nonlocal before
         code = bench.holds("data", "add", "rows.jsonl", f"--name={name}")
         now = bench.state()
-        assert code == 0 or now == (listed, files, around)
+        assert code == 0 or now == before
         assert {path for path in now[1] if not path.startswith("home/")} == outside
-        assert now[2] == around
+        assert now[2] == before[2]
+        before = now
 
     holds()
 

@@ -2,61 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from sqlalchemy import Connection
 
 from align.errors import AlignError
 from align.registry import Registry
+from tests.faults import killed
 from tests.registry_fill import add_checkpoint, begin, finish
 
-CALLS = [(os, "fsync"), (os, "chmod"), (os, "rename"), (os, "replace"), (os, "unlink"), (os, "rmdir"), (Connection, "commit")]  # fmt: skip
-KILLED = 137
-
-
-class KillAt:
-    """Ends the process, as kill -9 would, before or after the n-th of the watched calls."""
-
-    def __init__(self, countdown: int) -> None:
-        self.countdown = countdown
-
-    def install(self) -> None:
-        for owner, name in CALLS:
-            setattr(owner, name, self._watched(getattr(owner, name)))
-
-    def _watched(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def watched(*values: Any, **named: Any) -> Any:
-            self._tick()
-            result = call(*values, **named)
-            self._tick()
-            return result
-
-        return watched
-
-    def _tick(self) -> None:
-        if self.countdown == 0:
-            os._exit(KILLED)
-        self.countdown -= 1
-
-
-def crash(home: Path, countdown: int, work: Callable[[Registry], None]) -> bool:
-    """Whether a child process that did `work` was killed before its end."""
-    child = os.fork()
-    if child == 0:
-        try:
-            registry = Registry.open(home)
-            KillAt(countdown).install()
-            work(registry)
-            os._exit(0)
-        finally:
-            os._exit(1)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code in (0, KILLED)
-    return code == KILLED
+CALLS = frozenset({"fsync", "chmod", "rename", "replace", "unlink", "rmdir", "commit"})
 
 
 def every_crash(
@@ -66,7 +22,7 @@ def every_crash(
     for countdown in range(400):
         home = folder / str(countdown)
         before(Registry.open(home))
-        if not crash(home, countdown, work):
+        if not killed(home, work, countdown, only=CALLS):
             assert countdown > 10, "the calls are watched"
             return
         yield Registry.open(home)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import subprocess
@@ -42,6 +43,9 @@ def test_a_chain_is_registered_found_traced_and_swept(registry: Registry) -> Non
     assert registry.data("harbour/instructions").id == data.id
     assert set(registry.lineage("best").nodes) == {sft.id, dpo.id}
     assert registry.verify("best") == []
+    told = [record.as_dict() for record in registry.all_checkpoints()]
+    assert [json.loads(line) for line in registry.checkpoint_lines()] == told
+    assert registry.newest_checkpoints("harbour/")[0].id == dpo.id
     with pytest.raises(AlignError, match="is the parent of"):
         registry.remove("harbour/sft")
     assert [removal.id for removal in registry.gc()] == [old.id]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import pickle
+import re
 import shutil
 import signal
 import stat
@@ -48,6 +49,7 @@ TO_ITS_OWN_WORKERS = {
 FORBIDDEN_CALLS = {
     "eval", "exec", "compile", "__import__", "os.system", "os.popen", "shutil.unpack_archive", "torch.load", "yaml.load",
     "yaml.unsafe_load", "yaml.full_load", "jinja2.Environment", "Environment", "numpy.load", "np.load",
+    "subprocess.getoutput", "subprocess.getstatusoutput", "pandas.read_pickle", "pd.read_pickle", "runpy.run_path",
 }  # fmt: skip
 
 
@@ -61,8 +63,12 @@ def test_no_module_of_ours_unpickles_unpacks_evaluates_or_starts_a_shell() -> No
     for file, tree in syntax_trees():
         for node in ast.walk(tree):
             if isinstance(node, ast.Import | ast.ImportFrom):
-                names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [name.name for name in node.names]
-                found += [f"{file.name}: {name}" for name in names if name.partition(".")[0] in FORBIDDEN_MODULES]
+                names = [name.name for name in node.names]
+                if isinstance(node, ast.ImportFrom):
+                    names = [f"{node.module}.{name}" for name in names]
+                forbidden = [name for name in names if name.partition(".")[0] in FORBIDDEN_MODULES]
+                found += [f"{file.name}: {name}" for name in forbidden]
+                found += [f"{file.name}: {name}" for name in names if name in FORBIDDEN_CALLS]
             if isinstance(node, ast.Call):
                 name = ast.unparse(node.func)
                 shell = any(word.arg == "shell" for word in node.keywords)
@@ -85,7 +91,7 @@ def test_code_of_a_model_is_only_trusted_where_a_recipe_names_it() -> None:
         if word.arg == "trust_remote_code"
     ]
     assert len(said) > 5
-    assert "True" not in said
+    assert [value for value in said if re.fullmatch(r"([a-z]+\.)*trust_remote_code", value) is None] == []
 
 
 class Payload:
@@ -206,6 +212,22 @@ def test_every_bomb_ends_within_the_limits(bomb: str) -> None:
     except AlignError as error:
         refusal = error.message
     assert not refusal or "takes too much" in refusal
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("bomb", "why"),
+    [
+        ("{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}", "more than 2 seconds or 512 MiB"),
+        ("{% set x = messages[0].content * 90000000 %}", "more than 2 seconds or 512 MiB"),
+        ("{% for i in range(90000) %}" + "x" * 100 + "{% endfor %}", "more than 1,000,000 characters of output"),
+        (" " * 1_000_001, "1,000,001 characters long"),
+    ],
+    ids=["time", "memory", "output", "size"],
+)  # fmt: skip
+def test_each_limit_is_the_one_that_stops_what_it_is_for(bomb: str, why: str) -> None:
+    with pytest.raises(AlignError, match=why):
+        guard.guard(bomb)
 
 
 # Secrets and files -----------------------------------------------------------------------------------------------------

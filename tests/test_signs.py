@@ -55,6 +55,7 @@ def test_a_good_log_shows_no_sign(kind: str, settings: dict[str, Any], loss: tup
         ("dpo", {"loss": {"kind": "sigmoid"}}, log((0.75, 0.5)), "did not start out equal to its reference"),
         ("reward", {}, log((0.1, 0.05)), "told apart before anything was learnt"),
         ("sft", {}, log((0.0, 0.0)), "there was nothing to learn"),
+        ("pretrain", {}, log((0.0, 0.0)), "there was nothing to learn"),
         ("sft", {}, log((3.0, 2.5), (0.0, 0.0, 0.0)), "The gradient was 0 at every logged step"),
         ("sft", {}, log((3.0, 2.5), (1.0, 1.1, 900.0, 1.0)), "900 at step 21, where 1.05 is usual: it exploded"),
         ("sft", {}, log((3.0, 7.0)), "went from 3 to 7"),
@@ -69,8 +70,15 @@ def test_a_log_that_begins_later_says_nothing_of_the_start() -> None:
     assert signs("dpo", {}, log((0.5, 0.4), first=10)) == {}
 
 
-def test_numbers_that_are_not_finite_are_no_sign() -> None:
-    assert signs("sft", {}, log((math.nan, 3.0, math.inf), (math.nan,))) == {}
+@pytest.mark.parametrize("loss", [(math.nan, 3.0), (3.0, math.inf), ()])
+@pytest.mark.parametrize("norm", [(math.nan,), (1.0, 1.0, math.inf), ()])
+def test_numbers_that_are_not_finite_are_no_sign(loss: Sequence[float], norm: Sequence[float]) -> None:
+    assert signs("sft", {}, log(loss, norm)) == {}
+
+
+@pytest.mark.parametrize("norm", [(0.0, 1.0, 0.0), (1.0, 900.0), (0.0, 0.0, 900.0)])
+def test_a_gradient_that_is_sometimes_nothing_or_has_too_short_a_log_is_no_sign(norm: Sequence[float]) -> None:
+    assert signs("sft", {}, log((3.0, 2.5), norm)) == {}
 
 
 def test_the_report_shows_a_sign_where_its_stage_stands(tmp_path: Path) -> None:

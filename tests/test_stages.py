@@ -23,7 +23,7 @@ from align.stages.encoding import Desk
 from align.stages.objectives import ComparedPair, PreferenceLoss
 from align.stages.reference import rotated
 from align.stages.stage import Inputs
-from align.trainer import autocast
+from align.steps import autocast
 
 
 def row(*ids: int, prompt: int = 2) -> Encoded:

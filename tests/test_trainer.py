@@ -17,8 +17,10 @@ from align.progress import Progress
 from align.recipe.settings import SftSettings
 from align.stages.objectives import AnswerLoss
 from align.state import complete_states
+from align.steps import measure
 from align.stopping import signals_handled
-from align.trainer import RowStream, Task, measure, steps_of, train
+from align.streams import RowStream, steps_of
+from align.trainer import Task, train
 
 
 def settings(**changes) -> SftSettings:

@@ -26,8 +26,10 @@ from align.chat.encoder import Encoder
 from align.chat.stored import Columns, StoredRows, as_columns, read_stored, short_lived, write_stored
 from align.chat.templates import template_sha256
 from align.data.examples import Conversation, Document, Example, Preference, Rated, example_from_row
+from align.data.likeness import whole_text
+from align.data.problems import shown
 from align.data.rows import lines_of, rows_sha256
-from align.errors import StageFailed
+from align.errors import AlignError, StageFailed
 from align.machine import this_machine
 from align.progress import Progress
 from align.registry.hashing import sha256_json
@@ -126,11 +128,20 @@ def _chunks(lines: Iterator[bytes], first: int) -> Iterator[Chunk]:
 def _piece(encoder: Encoder, lines: Sequence[bytes], first: int) -> Piece:
     encoder.lengths = LengthReport(rows=first)  # so that an error can name the row
     examples = (example_from_row(json.loads(line)) for line in lines)
-    rows = [row for example in examples for row in encoded(encoder, example) if row is not None]
+    rows = [row for example in examples for row in _named(encoder, example) if row is not None]
     report = encoder.lengths
     report.rows -= first
     report.lengths = []  # they are a column
     return as_columns(rows), report
+
+
+def _named(encoder: Encoder, example: Example) -> Sequence[Encoded | EncodedPair | None]:
+    """As `encoded`; an error shows how the row begins."""
+    try:
+        return encoded(encoder, example)
+    except AlignError as error:
+        error.message = f"{shown(whole_text(example), 40)}: {error.message}"
+        raise
 
 
 def _in_processes(encoder: Encoder, chunks: Iterable[Chunk], processes: int) -> Iterator[Piece]:

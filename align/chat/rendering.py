@@ -12,6 +12,7 @@ the last turn always is, or the template is refused.
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -28,6 +29,7 @@ from align.errors import AlignError
 
 Tools = Sequence[Mapping[str, Any]]
 
+KEPT = 16  # texts: those of a pair whose prompt has seven answers
 _PROBE: Messages = (Message("user", "question"), Message("assistant", "answer"))
 
 
@@ -56,7 +58,7 @@ class Rendered:
 
 
 class Renderer:
-    """Applies the chat template of one tokenizer. `stop` is the special token that ends an assistant turn."""
+    """Applies the chat template of one tokenizer, which stays as it is. `stop`: special token that ends an assistant turn."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raises AlignError for a template that is absent, too costly, broken, or never ends the assistant's turn."""
@@ -70,12 +72,12 @@ class Renderer:
         self._special = sorted((token.content for token in added), key=len, reverse=True)
         control = [token.content for token in added if token.special]
         self._control = re.compile("|".join(map(re.escape, [LITERAL_START, LITERAL_END, *control])))
+        self._latest: deque[tuple[Messages, bool, Tools, str]] = deque(maxlen=KEPT)
         self.stop = self._find_stop()
 
     def prompt(self, messages: Messages, tools: Tools = ()) -> Rendered:
         """What the model is given to write the next assistant turn; its turns are those of the history."""
-        text = self._text(messages, tools, ask=True)
-        return self._with_turns(text, messages, tools)
+        return self._with_turns(self._text(messages, tools, ask=True), messages, tools)
 
     def conversation(self, messages: Messages, tools: Tools = ()) -> Rendered:
         """A whole conversation up to its last assistant turn; what the template writes after that is left out.
@@ -119,6 +121,16 @@ class Renderer:
         return Turn(index, len(before), end)
 
     def _text(self, messages: Messages, tools: Tools, *, ask: bool) -> str:
+        """The latest texts are kept: both answers of a pair have one prompt, and a whole conversation is what it is up to
+        its last turn."""
+        for known_messages, asks, known_tools, text in self._latest:
+            if asks == ask and known_messages == messages and known_tools == tools:
+                return text
+        text = self._rendered(messages, tools, ask=ask)
+        self._latest.appendleft((messages, ask, tools, text))
+        return text
+
+    def _rendered(self, messages: Messages, tools: Tools, *, ask: bool) -> str:
         if not messages:
             raise AlignError("there is no message to render", "A conversation needs at least one turn.")
         try:

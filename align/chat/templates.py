@@ -94,7 +94,7 @@ def _give_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
     renderer, eos = Renderer(tokenizer), tokenizer.eos_token
     before = renderer.conversation(_PROBES[1]).text
     tokenizer.eos_token = renderer.stop
-    if renderer.conversation(_PROBES[1]).text != before:  # the template writes eos_token elsewhere too
+    if Renderer(tokenizer).conversation(_PROBES[1]).text != before:  # the template writes eos_token elsewhere too
         tokenizer.eos_token = eos
 
 

@@ -15,6 +15,7 @@ from align.cli.listing import (
     more_note,
     number,
     print_json,
+    print_json_lines,
     print_rich,
     size,
     table,
@@ -40,9 +41,9 @@ def checkpoints_group() -> None:
 @json_option
 def list_command(limit: int | None, as_json: bool) -> None:
     """List checkpoints, newest first."""
-    registry = _registry(create=False)
+    registry = _registry()
     if as_json:
-        print_json([record.as_dict() for record in registry.all_checkpoints(limit)])
+        print_json_lines(registry.checkpoint_lines(limit))
         return
     records = registry.all_checkpoints(limit or TABLE_ROWS + 1)
     if not records:
@@ -62,7 +63,7 @@ def list_command(limit: int | None, as_json: bool) -> None:
 @json_option
 def show_command(checkpoint: str, as_json: bool) -> None:
     """Show one checkpoint: what it is, its numbers, its files, and what was made from it."""
-    registry = _registry(create=False)
+    registry = _registry()
     record = registry.checkpoint(checkpoint)
     files = registry.files(record).files
     children = registry.children(record)
@@ -85,7 +86,7 @@ def show_command(checkpoint: str, as_json: bool) -> None:
 @json_option
 def lineage_command(checkpoint: str, as_json: bool) -> None:
     """Draw what a checkpoint was made from: models and data sets, all the way up."""
-    lineage = _registry(create=False).lineage(checkpoint)
+    lineage = _registry().lineage(checkpoint)
     if as_json:
         print_json(lineage.as_dict())
         return
@@ -102,7 +103,7 @@ def verify_command(checkpoints: tuple[str, ...], as_json: bool) -> None:
 
     Ends with exit code 3 when something is not as it was.
     """
-    registry = _registry(create=False)
+    registry = _registry()
     records = [registry.checkpoint(reference) for reference in checkpoints] or registry.all_checkpoints()
     found = {record.id: registry.verify(record.id) for record in records}
     if as_json:
@@ -153,8 +154,11 @@ def gc_command(dry_run: bool, as_json: bool) -> None:
         print_json([removal.as_dict() for removal in removals])
         return
     if removals:
-        rows = [(r.what, r.name or r.id, r.id[:12] if r.name else "", size(r.size), r.why) for r in removals]
+        shown = removals[:TABLE_ROWS]
+        rows = [(r.what, r.name or r.id, r.id[:12] if r.name else "", size(r.size), r.why) for r in shown]
         print_rich(table(("what", "name", "id", "size", "why"), rows, right=("size",)))
+    if len(removals) > TABLE_ROWS:
+        click.echo(f"... and {len(removals) - TABLE_ROWS} more; --json lists all.")
     verb = "would go" if dry_run else "removed"
     click.echo(f"{len(removals)} {verb}, {size(sum(removal.size for removal in removals))}")
 
@@ -163,7 +167,7 @@ def _short(record: CheckpointRecord) -> str:
     return f"{record.name}@{record.id[:8]}"
 
 
-def _registry(*, create: bool = True) -> Registry:
+def _registry(*, create: bool = False) -> Registry:
     from align.registry.store import Registry
 
     return Registry.open(create=create)

@@ -28,6 +28,7 @@ def critique_command(
     recipe: Path | None,
     overrides: tuple[str, ...],
     force: tuple[str, ...],
+    force_memory: bool,
     report_path: Path | None,
     as_json: bool,
     **judging: Any,
@@ -42,14 +43,14 @@ def critique_command(
         raise click.UsageError("--data and --rows go with --judge-only")
     if judging["judge_only"] and (force or report_path):
         raise click.UsageError("--force and --report make no sense with --judge-only, which makes nothing")
-    workshop = open_workshop(recipe, overrides, create=not judging["judge_only"])
+    workshop = open_workshop(recipe, overrides)
     stages = stages_of_kind(workshop.recipe, "critique")
     if judging["stage"]:
         if judging["stage"] not in stages:
             raise click.UsageError(f"--stage {judging['stage']}: the stages of kind critique are {', '.join(stages)}")
         stages = [judging["stage"]]
     if not judging["judge_only"]:
-        run_stages(workshop, stages, force, report_path, as_json=as_json)
+        run_stages(workshop, stages, force, report_path, force_memory=force_memory, as_json=as_json)
         return
     if judging["data"] is None:
         raise click.UsageError("--judge-only needs --data NAME_OR_FILE")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from align.cli.listing import TABLE_ROWS, limit_option, more_note
+from align.cli.listing import TABLE_ROWS, limit_option, more_note, print_json_rows
 
 if TYPE_CHECKING:
     from align.data.examples import Example
@@ -47,7 +47,9 @@ def data_group() -> None:
 @click.option(
     "--test-fraction", type=click.FloatRange(0, 1), default=0.1, show_default=True, help="Share of the rows held out."
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Decides which rows are held out.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Decides which rows are held out."
+)
 @as_json_option
 def add_command(
     file: str, name: str, form: str, test: str | None, test_fraction: float, seed: int, as_json: bool
@@ -88,10 +90,11 @@ def list_command(limit: int | None, as_json: bool) -> None:
     """List the data sets of the registry, newest first."""
     from align.registry.store import Registry
 
-    records = Registry.open(create=False).all_data(limit or (None if as_json else TABLE_ROWS + 1))
+    registry = Registry.open(create=False)
     if as_json:
-        _print_json([record.as_dict() for record in records])
+        print_json_rows(record.as_dict() for record in registry.each_data(limit))
         return
+    records = registry.all_data(limit or TABLE_ROWS + 1)
     if not records:
         click.echo("no data sets yet; `align data add FILE --name NAME` and every run add some")
         return
@@ -209,8 +212,8 @@ def _model_folder(model: str) -> Path | str:
     if Path(model).exists():
         return model
     registry = Registry.open(create=False)
-    names = {record.name for record in registry.all_checkpoints()}
-    return registry.checkpoint(model).path if model.partition("@")[0] in names or "/" not in model else model
+    known = registry.newest_checkpoint(model.partition("@")[0]) is not None
+    return registry.checkpoint(model).path if known or "/" not in model else model
 
 
 def _show_tokens(rows: Sequence[Spans], as_json: bool) -> None:
@@ -232,9 +235,17 @@ def _show_tokens(rows: Sequence[Spans], as_json: bool) -> None:
 
 
 def _settings(path: str, **values: Any) -> DataSettings:
+    from pydantic import ValidationError
+
+    from align.errors import AlignError
     from align.recipe.settings import DataSettings
 
-    return DataSettings(path=path, **values)
+    try:
+        return DataSettings(path=path, **values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        option = "--" + str(first["loc"][0]).replace("_", "-")
+        raise AlignError(f"{option} {first['input']}: {first['msg'].lower()}", "See `align data --help`.") from None
 
 
 def _show_rows(examples: Sequence[Example]) -> None:

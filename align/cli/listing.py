@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
 limit_option = click.option(
-    "--limit", type=click.IntRange(min=1), help="The newest N only. Default: 30 in a table, all in JSON."
+    "--limit", type=click.IntRange(1, 10**9), help="The newest N only. Default: 30 in a table, all in JSON."
 )
 TABLE_ROWS = 30
 
@@ -22,6 +23,24 @@ TABLE_ROWS = 30
 def print_json(value: Any) -> None:
     """The one document that a --json command writes on stdout."""
     click.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def print_json_rows(rows: Iterable[Mapping[str, Any]]) -> None:
+    """The one document of a --json listing: an array with a row a line, written as the rows come.
+
+    ASCII only, so that nothing in the data acts on a terminal.
+    """
+    print_json_lines(json.dumps(row, allow_nan=False) for row in rows)
+
+
+def print_json_lines(lines: Iterable[str]) -> None:
+    """As `print_json_rows`, of rows that are JSON already."""
+    separator = "["
+    for line in lines:
+        sys.stdout.write(f"{separator}\n{line}")
+        separator = ","
+    sys.stdout.write("[]\n" if separator == "[" else "\n]\n")
+    sys.stdout.flush()
 
 
 def print_rich(*things: RenderableType) -> None:

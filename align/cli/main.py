@@ -9,6 +9,7 @@ import errno
 import os
 import stat
 import sys
+from typing import NoReturn
 
 import click
 
@@ -23,8 +24,9 @@ from align.cli.report import report_command
 from align.cli.run import check_command, plan_command, run_command, stage_commands
 from align.cli.runs import runs_group
 from align.cli.use import chat_command, eval_command, generate_command, score_command
-from align.errors import AlignError
+from align.errors import AlignError, of_the_file_system
 from align.quiet import quiet_libraries
+from align.torchless import OWN_PROCESS
 
 COMMANDS = [
     run_command,
@@ -75,14 +77,9 @@ def main() -> None:
     quiet_libraries()
     keep_freed_memory()
     try:
-        cli.main(standalone_mode=False)
+        cli.main(standalone_mode=False, obj=OWN_PROCESS)
     except AlignError as error:
-        from align.registry.references import printable
-
-        click.secho(f"error: {printable(error.message)}", fg="red", err=True)
-        if error.hint:
-            click.echo(f"  {printable(error.hint)}", err=True)
-        sys.exit(error.exit_code)
+        _end_with(error)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
@@ -93,8 +90,16 @@ def main() -> None:
         if error.errno == errno.EPIPE:  # the reader went away; nothing is left to say
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(0)
-        if error.errno != errno.ENAMETOOLONG:
+        known = of_the_file_system(error)
+        if known is None:
             raise
-        click.secho(f"error: {str(error.filename)[:60]!r}... is too long for the name of a file", fg="red", err=True)
-        click.echo("  Is it the name of a file, or its text?", err=True)
-        sys.exit(AlignError.exit_code)
+        _end_with(known)
+
+
+def _end_with(error: AlignError) -> NoReturn:
+    from align.registry.references import printable
+
+    click.secho(f"error: {printable(error.message)}", fg="red", err=True)
+    if error.hint:
+        click.echo(f"  {printable(error.hint)}", err=True)
+    sys.exit(error.exit_code)

@@ -40,9 +40,8 @@ def _name_of(target: str) -> str:
 
 def _newest(registry: Registry) -> str:
     from align.errors import AlignError
-    from align.report.chain import recipes
 
-    found = recipes(registry)
+    found = registry.recipes()
     if not found:
         raise AlignError("nothing to report: the registry is empty", "Run a recipe first: align run RECIPE")
     return found[0]

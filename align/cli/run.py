@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from align.torchless import OWN_PROCESS, keep_torch_out
+
 if TYPE_CHECKING:
     from align.origins import Workshop
     from align.run import Done
@@ -35,6 +37,9 @@ stage_option = click.option(
 )
 force_option = click.option(
     "--force", multiple=True, metavar="STAGE", help="Run this stage again though nothing changed."
+)
+force_memory_option = click.option(
+    "--force-memory", is_flag=True, help="Run stages that are predicted to need more memory than there is."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 
@@ -62,7 +67,7 @@ def run_options(command: Callable[..., None]) -> Callable[..., None]:
     report = click.option(
         "--report", "report_path", type=click.Path(path_type=Path), help="Where the report page goes at the end."
     )
-    return recipe_argument(set_option(force_option(report(json_option(led)))))
+    return recipe_argument(set_option(force_option(force_memory_option(report(json_option(led))))))
 
 
 @click.command("run")
@@ -74,6 +79,7 @@ def run_command(
     stages: tuple[str, ...],
     overrides: tuple[str, ...],
     force: tuple[str, ...],
+    force_memory: bool,
     processes: int | None,
     report_path: Path | None,
     as_json: bool,
@@ -83,7 +89,7 @@ def run_command(
     What is unchanged is reused, what was stopped goes on.
     """
     workshop = open_workshop(recipe, with_processes(overrides, processes))
-    run_stages(workshop, stages, force, report_path, as_json=as_json)
+    run_stages(workshop, stages, force, report_path, force_memory=force_memory, as_json=as_json)
 
 
 def stage_command(kind: str, summary: str) -> click.Command:
@@ -98,6 +104,7 @@ def stage_command(kind: str, summary: str) -> click.Command:
         recipe: Path | None,
         overrides: tuple[str, ...],
         force: tuple[str, ...],
+        force_memory: bool,
         processes: int | None,
         report_path: Path | None,
         as_json: bool,
@@ -105,7 +112,8 @@ def stage_command(kind: str, summary: str) -> click.Command:
         from align.recipe.graph import stages_of_kind
 
         workshop = open_workshop(recipe, with_processes(overrides, processes))
-        run_stages(workshop, stages_of_kind(workshop.recipe, kind), force, report_path, as_json=as_json)
+        stages = stages_of_kind(workshop.recipe, kind)
+        run_stages(workshop, stages, force, report_path, force_memory=force_memory, as_json=as_json)
 
     return command
 
@@ -128,13 +136,19 @@ def plan_command(
     """
     from align.plan import plan
 
-    planned = plan(open_workshop(recipe, overrides, create=False), stages, force)
+    planned = plan(open_workshop(recipe, overrides), stages, force)
     if as_json:
         click.echo(json.dumps([stage.as_dict() for stage in planned], indent=2))
         return
     from align.console import plan_table, print_table
+    from align.fitting import misfit
 
     print_table(plan_table(planned))
+    if any(entry.estimate.processes > 1 for entry in planned):
+        click.echo("Memory is that of each process.")
+    for entry in planned:
+        if not entry.estimate.fits:
+            click.secho(f"warning: {misfit(entry)}", fg="yellow", err=True)
 
 
 @click.command("check")
@@ -143,10 +157,12 @@ def plan_command(
 @json_option
 def check_command(recipe: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
     """Find errors without training, and report on the data."""
-    from align.checks import check_recipe
+    from align.checks import check_recipe, runs_foreign_code
     from align.recipe.graph import recipe_warnings
 
-    workshop = open_workshop(recipe, overrides, create=False)
+    workshop = open_workshop(recipe, overrides)
+    if click.get_current_context().obj is OWN_PROCESS and not runs_foreign_code(workshop.recipe):
+        keep_torch_out()
     found = check_recipe(workshop)
     for warning in recipe_warnings(workshop.recipe):
         click.secho(f"warning: {warning}", fg="yellow", err=True)
@@ -159,14 +175,15 @@ def check_command(recipe: Path | None, overrides: tuple[str, ...], as_json: bool
     click.echo("The recipe can run.")
 
 
-def open_workshop(recipe: Path | None, overrides: tuple[str, ...], *, create: bool = True) -> Workshop:
-    """The recipe (default: $ALIGN_RECIPE, else recipes/quickstart.yaml) with the registry it works in."""
+def open_workshop(recipe: Path | None, overrides: tuple[str, ...]) -> Workshop:
+    """The recipe (default: $ALIGN_RECIPE, else recipes/quickstart.yaml) with the registry it works in, which is made when
+    something runs."""
     from align.origins import Workshop
     from align.recipe.file import load_recipe
     from align.registry import Registry
 
     path = recipe or Path(os.environ.get("ALIGN_RECIPE") or DEFAULT_RECIPE)
-    return Workshop(load_recipe(path, overrides), path.parent.absolute(), Registry.open(create=create))
+    return Workshop(load_recipe(path, overrides), path.parent.absolute(), Registry.open(create=False))
 
 
 def with_processes(overrides: tuple[str, ...], processes: int | None) -> tuple[str, ...]:
@@ -180,9 +197,17 @@ def run_stages(
     force: tuple[str, ...],
     report: Path | None,
     *,
+    force_memory: bool,
     as_json: bool,
 ) -> None:
-    """Run, then say what came out: a table of held-out numbers, and the report page."""
+    """Run, then say what came out: a table of held-out numbers, and the report page.
+
+    force_memory: also what is predicted to need more memory than there is.
+    """
+    if report is not None:
+        _check_place(report)
+    if not force_memory:
+        _refuse_misfits(workshop, stages, force)
     done = _done(workshop, stages, force)
     page = _write_report(workshop, report)
     if as_json:
@@ -192,6 +217,22 @@ def run_stages(
 
     print_table(stage_table([entry.made for entry in done if entry.made is not None]))
     click.echo(f"Report: {page}")
+
+
+def _check_place(page: Path) -> None:
+    """Raises AlignError where the report could not be written at the end."""
+    from align.errors import AlignError
+
+    folder = next(place for place in page.absolute().parents if place.exists())
+    if page.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise AlignError(f"--report: {page} cannot be written", "Name a file, in a folder that you may write.")
+
+
+def _refuse_misfits(workshop: Workshop, stages: Sequence[str], force: Sequence[str]) -> None:
+    from align.fitting import check_memory
+    from align.plan import plan
+
+    check_memory(workshop, plan(workshop, stages, force))
 
 
 def _done(workshop: Workshop, stages: Sequence[str], force: Sequence[str]) -> list[Done]:

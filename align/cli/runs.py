@@ -20,9 +20,11 @@ from align.cli.listing import (
     number,
     plain,
     print_json,
+    print_json_rows,
     print_rich,
     table,
 )  # fmt: skip
+from align.cli.run import force_memory_option
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,7 +53,7 @@ def list_command(limit: int | None, as_json: bool) -> None:
 
     registry = Registry.open(create=False)
     if as_json:
-        print_json([record.summary() for record in registry.all_runs(limit)])
+        print_json_rows(record.summary() for record in registry.each_run(limit))
         return
     records = registry.all_runs(limit or TABLE_ROWS + 1)
     if not records:
@@ -68,9 +70,10 @@ def list_command(limit: int | None, as_json: bool) -> None:
 
 @runs_group.command("resume")
 @click.argument("run")
+@force_memory_option
 @click.option("--report", type=click.Path(path_type=Path), help="Where the report page goes at the end.")
 @json_option
-def resume_command(run: str, report: Path | None, as_json: bool) -> None:
+def resume_command(run: str, force_memory: bool, report: Path | None, as_json: bool) -> None:
     """Go on with a run that was stopped, from its last complete state. RUN is the beginning of its id.
 
     The recipe that the run recorded is used. A run whose data, parent or versions have changed since is refused.
@@ -79,11 +82,11 @@ def resume_command(run: str, report: Path | None, as_json: bool) -> None:
     from align.registry.store import Registry
     from align.resume import stopped_run
 
-    registry = Registry.open()
+    registry = Registry.open(create=False)
     for finished in registry.recover():
         click.echo(f"run {finished} had finished when it was killed; its result is registered now", err=True)
     workshop, stage = stopped_run(registry, run)
-    run_stages(workshop, (stage,), (), report, as_json=as_json)
+    run_stages(workshop, (stage,), (), report, force_memory=force_memory, as_json=as_json)
 
 
 @runs_group.command("show")

@@ -110,7 +110,10 @@ def _answered(fields: Fields, turns: Messages) -> Conversation:
 def _history(fields: Fields) -> Messages:
     """Earlier rounds of an Alpaca row: a list of [question, answer]."""
     turns: list[Message] = []
-    for number, pair in enumerate(fields.get("history") or ()):
+    rounds = fields.get("history") or ()
+    if not isinstance(rounds, list | tuple):
+        raise RowError(f"'history' must be a list of [question, answer], not {shown(rounds)}")
+    for number, pair in enumerate(rounds):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise RowError(f"history[{number}] must be [question, answer], not {shown(pair)}")
         turns.append(text_turn("user", pair[0], f"history[{number}][0]"))
@@ -177,7 +180,10 @@ def _rated(fields: Fields) -> Rated:
     check_order(prompt + reply, "messages", ends_with=ANSWERED_BY)
     _, label = one_of(fields, ("label",))
     if not _is_label(label):
-        raise RowError(f"'label' must be true or false, not {shown(label)}")
+        raise RowError(
+            f"'label' must be true or false, not {shown(label)} (known: true, false, 1, 0); a label that is no verdict on "
+            "the answer is passed over with `format: prompt_completion`"
+        )
     return Rated(prompt, reply, LABELS[label], expected_column(fields))
 
 
@@ -246,7 +252,7 @@ FORMATS: dict[str, RowFormat] = {  # the most demanding first
     "alpaca": RowFormat("instruction, input, output", lambda row: _has(row, ("instruction",), ("output",)), _alpaca),
     "rated": RowFormat(
         "prompt, completion, label",
-        lambda row: _has(row, PROMPT_COLUMNS, REPLY_COLUMNS) and _is_label(row.get("label")),
+        lambda row: _has(row, PROMPT_COLUMNS, REPLY_COLUMNS) and row.get("label") is not None,
         _rated,
     ),
     "prompt_completion": RowFormat(

@@ -79,7 +79,11 @@ class Reading:
         if not readable:
             self._only_problems(sample)
         self.problems = Problems(self.problems.keep)
-        return detect(readable)
+        try:
+            return detect(readable)
+        except AlignError as error:
+            error.message = f"{self.source.name}: {error.message}"
+            raise
 
     def _only_problems(self, sample: list[Row | Problem]) -> NoReturn:
         for row in sample:

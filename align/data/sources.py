@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.data.problems import Problem, Row, text_flaw
+from align.data.packed import UNREADABLE
+from align.data.problems import Problem, Row, RowError, text_flaw
 from align.data.text_files import read_csv, read_json
 from align.errors import AlignError
 
@@ -26,6 +28,8 @@ HUB_PREFIX = "hf://datasets/"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 BATCH_ROWS = 500
+Batch = list[Mapping[str, Any] | RowError]
+DAMAGED = "The file is damaged, cut off, or of another kind; write or download it again."
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +53,7 @@ def find_source(
     """
     hub_id = text.removeprefix(HUB_PREFIX)
     if hub_id == text:
-        path = folder / Path(text).expanduser()
+        path = folder / os.path.expanduser(text)  # noqa: PTH111  # pathlib's raises for a user that does not exist
         if path.exists():
             return Source(text, path=_checked_path(path, text), split=split)
         _refuse_mistyped_path(text, path, folder)
@@ -89,7 +93,7 @@ def _file_sha256(file: Path, name: str) -> bytes:
         with file.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").digest()
     except OSError as error:
-        raise AlignError(f"{name}: cannot be read: {error.strerror or error}") from error
+        raise AlignError(f"{name}: cannot be read: {error.strerror or error}", UNREADABLE) from error
 
 
 # Finding -------------------------------------------------------------------------------------------------------------
@@ -107,6 +111,8 @@ def _checked_path(path: Path, text: str) -> Path:
             files = sorted(p.name for p in path.iterdir() if _kind_of(p))
             found = f" It holds {', '.join(files[:5])}: name one of them." if files else ""
             raise AlignError(f"'{text}' is a folder, but none that `datasets` saved", f"Give a file.{found}")
+    elif not path.is_file():
+        raise AlignError(f"'{text}' is a pipe or a device, not a file", "Save the rows in a file and name that.")
     elif not _kind_of(path):
         raise AlignError(f"'{text}' is a kind of file that is not known", f"Known: {', '.join(SUFFIXES)}.")
     return path
@@ -160,46 +166,72 @@ def _rows(source: Source) -> Iterator[Row | Problem]:
     return (read_csv if kind.startswith((".csv", ".tsv")) else read_json)(source.path, source.name)
 
 
-def _table_rows(batches: Iterable[list[Mapping[str, Any]]], name: str) -> Iterator[Row | Problem]:
+def _table_rows(batches: Iterable[Batch], name: str) -> Iterator[Row | Problem]:
     number = 0
     for batch in batches:
         for fields in batch:
             number += 1
             place = f"{name}: row {number}"
-            flaw = text_flaw(fields)
-            yield Problem(place, flaw) if flaw else Row(place, fields)
+            if isinstance(fields, RowError):
+                yield Problem(place, str(fields))
+            else:
+                flaw = text_flaw(fields)
+                yield Problem(place, flaw) if flaw else Row(place, fields)
 
 
-def _parquet_batches(path: Path, name: str) -> Iterator[list[Mapping[str, Any]]]:
+def _batch(table: Any) -> Batch:
+    """Rows of an Arrow table, and in the place of one whose values Python cannot hold what is wrong with it."""
+    try:
+        return table.to_pylist()  # type: ignore[no-any-return]  # pyarrow is not typed
+    except (ValueError, OverflowError):
+        return [one for number in range(table.num_rows) for one in _single_row(table.slice(number, 1))]
+
+
+def _single_row(table: Any) -> Batch:
+    try:
+        return table.to_pylist()  # type: ignore[no-any-return]
+    except UnicodeDecodeError as error:
+        return [RowError(f"not UTF-8: byte 0x{error.object[error.start]:02x} in a text of this row")]
+    except (ValueError, OverflowError) as error:
+        return [RowError(f"a value that cannot be read: {error}")]
+
+
+def _parquet_batches(path: Path, name: str) -> Iterator[Batch]:
     import pyarrow
     from pyarrow import parquet
 
     try:
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=BATCH_ROWS):
-                yield batch.to_pylist()
+                yield _batch(batch)
     except (pyarrow.ArrowException, OSError) as error:
-        raise AlignError(f"{name}: cannot be read as Parquet: {error}") from error
+        raise _no_table(name, "Parquet", error) from error
 
 
-def _arrow_batches(path: Path, source: Source) -> Iterator[list[Mapping[str, Any]]]:
+def _arrow_batches(path: Path, source: Source) -> Iterator[Batch]:
     import datasets
     import pyarrow
 
     try:
         loaded = datasets.load_from_disk(str(path)) if path.is_dir() else datasets.Dataset.from_file(str(path))
+        if isinstance(loaded, datasets.DatasetDict):
+            if source.split not in loaded:
+                hint = f"Known: {', '.join(sorted(loaded))}."
+                raise AlignError(f"{source.name}: has no split '{source.split}'", hint)
+            loaded = loaded[source.split]
+        yield from _dataset_batches(loaded)
     except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
-        raise AlignError(f"{source.name}: cannot be read as Arrow: {error}") from error
-    if isinstance(loaded, datasets.DatasetDict):
-        if source.split not in loaded:
-            raise AlignError(f"{source.name}: has no split '{source.split}'", f"Known: {', '.join(sorted(loaded))}.")
-        loaded = loaded[source.split]
-    yield from _dataset_batches(loaded)
+        raise _no_table(source.name, "Arrow", error) from error
 
 
-def _dataset_batches(dataset: Any) -> Iterator[list[Mapping[str, Any]]]:
+def _no_table(name: str, kind: str, error: Exception) -> AlignError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return AlignError(f"{name}: cannot be read as {kind}: {reason}", DAMAGED)
+
+
+def _dataset_batches(dataset: Any) -> Iterator[Batch]:
     for table in dataset.with_format("arrow").iter(batch_size=BATCH_ROWS):
-        yield table.to_pylist()
+        yield _batch(table)
 
 
 # Hub -----------------------------------------------------------------------------------------------------------------
@@ -226,7 +258,7 @@ def resolved_commit(source: Source) -> str:
     return str(commit)
 
 
-def _hub_batches(source: Source) -> Iterator[list[Mapping[str, Any]]]:
+def _hub_batches(source: Source) -> Iterator[Batch]:
     import datasets
 
     commit = resolved_commit(source)

@@ -1,22 +1,20 @@
 """JSON, JSONL and CSV files, read by ourselves so that every row knows its line. UTF-8 only.
 
-A JSON file that begins with `[` is one array and is read whole; every other JSON file is read line by line, so its size
-does not matter. What is wrong with a row is yielded in its place and reading goes on, as far as the format allows.
-Parquet, Arrow and the hub are in sources.py.
+A JSON file that begins with `[` is one array and is read whole, up to a limit; every other JSON file is read line by
+line, so its size does not matter. What is wrong with a row is yielded in its place and reading goes on, as far as the
+format allows. Packed files are unpacked by packed.py; Parquet, Arrow and the hub are in sources.py.
 """
 
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import json
-import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
+from align.data.packed import open_bytes, without_packing
 from align.data.problems import Problem, Row, RowError, shown, text_flaw
 from align.errors import AlignError
 
@@ -24,6 +22,7 @@ if TYPE_CHECKING:
     from _csv import Reader
 
 MAX_LINE_BYTES = 16 * 2**20  # a longer line is no row of text but a broken file
+MAX_ARRAY_BYTES = 4 * 2**30  # an array is held in memory, twice
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 CSV_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
@@ -32,7 +31,7 @@ def read_json(path: Path, name: str) -> Iterator[Row | Problem]:
     """Rows of a JSON array or of JSON lines, whichever the file holds; `name` stands in the places."""
     with open_bytes(path, name) as stream:
         if _begins_with_array(stream):
-            yield from _array_rows(stream.read(), name)
+            yield from _array_rows(_whole_array(stream, name), name)
         else:
             yield from _line_rows(stream, name)
 
@@ -41,43 +40,24 @@ def read_csv(path: Path, name: str) -> Iterator[Row | Problem]:
     """Rows of a CSV or TSV file with a header; a row's line is the one it begins on."""
     csv.field_size_limit(MAX_LINE_BYTES)
     with open_bytes(path, name) as stream:
-        reader = csv.reader(_csv_lines(stream), delimiter=CSV_DELIMITERS[_inner_suffix(path)], strict=True)
+        reader = csv.reader(
+            _csv_lines(stream), delimiter=CSV_DELIMITERS[without_packing(path).suffix.lower()], strict=True
+        )
         yield from _csv_rows(reader, name)
-
-
-@contextmanager
-def open_bytes(path: Path, name: str) -> Iterator[io.BufferedReader]:
-    """The file's bytes, unpacked when it is .gz or .zst.
-
-    Raises AlignError for a file that cannot be opened or unpacked.
-    """
-    import zstandard
-
-    try:
-        with path.open("rb") as packed:
-            yield io.BufferedReader(_unpacked(packed, path.suffix.lower()))
-    except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
-        raise AlignError(f"{name}: cannot be unpacked: {error}", "The file is damaged or incomplete.") from error
-    except OSError as error:
-        raise AlignError(f"{name}: cannot be read: {error.strerror or error}") from error
-
-
-def _unpacked(packed: BinaryIO, suffix: str) -> Any:
-    if suffix == ".gz":
-        return gzip.GzipFile(fileobj=packed)
-    if suffix == ".zst":
-        import zstandard
-
-        return zstandard.ZstdDecompressor().stream_reader(packed, read_across_frames=True)
-    return packed
-
-
-def _inner_suffix(path: Path) -> str:
-    return (path.with_suffix("") if path.suffix.lower() in (".gz", ".zst") else path).suffix.lower()
 
 
 def _begins_with_array(stream: io.BufferedReader) -> bool:
     return stream.peek(64).removeprefix(BYTE_ORDER_MARK).lstrip()[:1] == b"["
+
+
+def _whole_array(stream: io.BufferedReader, name: str) -> bytes:
+    data = stream.read(MAX_ARRAY_BYTES + 1)
+    if len(data) > MAX_ARRAY_BYTES:
+        raise AlignError(
+            f"{name}: an array of more than {MAX_ARRAY_BYTES / 2**30:g} GiB, which would have to be held in memory",
+            "Write one object a line (.jsonl): such a file can have any size.",
+        )
+    return data
 
 
 # Lines ---------------------------------------------------------------------------------------------------------------

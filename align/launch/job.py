@@ -73,11 +73,16 @@ def launched() -> dict[str, Any]:
 def check_launch(workshop: Workshop, going: Sequence[str]) -> None:
     """Raises AlignError where a stage that is going to run cannot be trained in the way that the recipe asks for."""
     launch = launch_of(workshop)
-    if launch.processes == 1 or launch.strategy != "fsdp":
+    if launch.processes == 1:
         return
     for name in going:
         settings = workshop.stage(name)
         if settings.kind not in SEVERAL or not isinstance(settings, TrainingSettings):
+            continue
+        if settings.fit == "auto":
+            message = f"stage '{name}': fit: auto is for one process; the others would wait for the one that is short of memory"
+            raise AlignError(message, "Leave it out, and set a batch_tokens that fits.")
+        if launch.strategy != "fsdp":
             continue
         source = adapter_stage(workshop.recipe, name)
         quantize = settings.quantize or (source.quantize if source else None)

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -65,9 +64,9 @@ def errors_of(path: str) -> Iterator[None]:
     """What libraries raise for a bad folder, as our error. Running out of memory is no fault of the folder."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, and nothing else here needs torch
+            raise
         first = (str(error).strip().splitlines() or [""])[0]
         if not first or isinstance(error, LookupError | TypeError | AttributeError):  # a JSON file of another shape
             first = f"a file in it is not as it should be ({type(error).__name__}: {first})"

@@ -116,7 +116,10 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, how: Mapping[str, Any]) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, **how)
+    with torch.autocast(
+        q.device.type, enabled=False
+    ):  # else it is bfloat16 after all, and keeps a kernel for each length
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, **how)
 
 
 def _padded(trunk: Any, rows: Sequence[Sequence[int]], place: torch.device) -> Tensor:

@@ -29,13 +29,13 @@ from align.advantages import (
     token_rewards,
     whiten,
 )
-from align.batches import micro_batches
 from align.data.examples import prompt_of
+from align.memory import Budget, Cut
 from align.models.head import target_logps
-from align.models.logps import is_padded
 from align.models.roles import Roles
 from align.models.trunk import hidden_states
-from align.ppo.prompts import EncodedPrompt, prompts_of_round
+from align.ppo.encoding import EncodedPrompt
+from align.ppo.prompts import prompts_of_round
 from align.ppo.round import Round, Tokens
 from align.ppo.statistics import round_numbers
 from align.ppo_losses import importance_weights
@@ -86,6 +86,7 @@ class Collector:
     rewards: Rewards
     watched: Rewards
     controls: Controls
+    budget: Budget
     seed: int
     progress: Progress
 
@@ -126,14 +127,18 @@ class Collector:
     def look(self, roles: Roles, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> Look:
         """Log-probabilities, entropies and values of responses, without gradients, a micro-batch at a time."""
         width = max(len(response) for response in responses)
-        tables = [torch.zeros(len(responses), width) for _ in Look._fields]
         lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
-        with evaluating(roles):
-            for group in micro_batches(lengths, self.settings.batch_tokens, padded=is_padded(roles)):
+
+        def looked(cut: Cut) -> Look:
+            tables = [torch.zeros(len(responses), width) for _ in Look._fields]
+            for group in cut(lengths):
                 tokens = Tokens.of([prompts[i] for i in group], [responses[i] for i in group], device_of(roles.policy))
                 for table, column in zip(tables, _looked(roles, tokens, self.settings.temperature), strict=True):
                     table[group, : column.shape[1]] = column.float().cpu()
-        return Look(*tables)
+            return Look(*tables)
+
+        with evaluating(roles):
+            return self.budget.fitted(roles, lengths, looked)
 
     def _replies(self, roles: Roles, prompts: Sequence[EncodedPrompt], number: int) -> list[Reply]:
         settings = self.settings

@@ -98,6 +98,10 @@ class PpoLoss(Objective):
         """Tokens of prompt and response."""
         return self._now.length(row)
 
+    def again(self, model: nn.Module, rows: Sequence[int]) -> None:
+        """The round stays; only what its KL was counted from is forgotten."""
+        self._kl_of_step = [0.0, 0.0]
+
     @property
     def finished(self) -> bool:
         """Whether a guard stopped the run."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from align.recipe.training_settings import Count, Name, Positive, Settings, StageSettings
+from align.recipe.training_settings import Count, CountOrNone, Name, Positive, Settings, StageSettings
 
 Confidence = Annotated[float, Field(gt=0.5, le=1)]
 OUTPUTS = {"sft": "conversation", "preferences": "preference"}  # data sets of a critique stage, and kinds of their rows
@@ -48,7 +48,7 @@ class EndpointCritic(Settings):
     timeout_seconds: Positive = Field(
         120.0, description="Longest wait for an answer before the request is tried again."
     )
-    retries: Annotated[int, Field(ge=0)] = Field(
+    retries: CountOrNone = Field(
         5,
         description="Tries after the first one, with growing pauses, where the server is down, busy or answers nonsense.",
     )
@@ -78,7 +78,7 @@ class CritiqueWork(Settings):
     critic: Critic = Field(
         SelfCritic(), description="Who critiques, revises and chooses: `self`, `judge`, or a mapping with `kind`."
     )
-    revisions: Annotated[int, Field(ge=0)] = Field(
+    revisions: Annotated[int, Field(ge=0, le=100)] = Field(
         1, description="Rounds of critique and revision of each answer, each under another principle; 0: no revisions."
     )
     check_revisions: bool = Field(
@@ -87,7 +87,7 @@ class CritiqueWork(Settings):
     keep_faultless: bool = Field(
         False, description="Put answers in which the critic found nothing among the rows of `.sft` too."
     )
-    samples: Annotated[int, Field(ge=0)] = Field(
+    samples: CountOrNone = Field(
         0, description="Answers to each prompt that are compared with each other (RLAIF), at least 2; 0: none."
     )
     panel: Count = Field(1, description="Principles under which two answers are compared; their verdicts are averaged.")

@@ -24,6 +24,7 @@ from align.recipe.problems import model_at, owner, problems_of
 from align.recipe.settings import ADAPTER_FACTOR, Recipe, Stage, TrainingSettings
 from align.recipe.types import keys_of, kind_of, short_key
 from align.recipe.yaml_text import Node, Place, decoded, parse_yaml, shown
+from align.small_files import read_small
 
 Steps = tuple[str | int, ...]  # keys and places that lead to a value of the recipe
 SUFFIXES = (".yaml", ".yml", ".json")
@@ -91,13 +92,12 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
 
 def _text_of(path: Path) -> str:
     try:
-        content = path.read_bytes()
+        content = read_small(path)
     except FileNotFoundError:
         raise AlignError(f"{path}: no such file.", _near_files(path)) from None
     except OSError as error:
-        raise AlignError(
-            f"{path}: cannot be read: {(error.strerror or 'unknown error').lower()}.", _near_files(path)
-        ) from None
+        hint = _near_files(path) if path.is_dir() else "Check its permissions, and the way to it."
+        raise AlignError(f"{path}: cannot be read: {(error.strerror or 'unknown error').lower()}.", hint) from None
     return decoded(content, path)
 
 

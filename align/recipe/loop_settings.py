@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from align.recipe.critique_settings import CritiqueWork
 from align.recipe.objective_settings import DpoSettings, RewardSettings, SftSettings
 from align.recipe.ppo_settings import ModelReward, PpoSettings
-from align.recipe.training_settings import Count, Positive, Settings, StageSettings
+from align.recipe.training_settings import Positive, Settings, StageSettings
 
 ROUND = "round"  # stands for what a round makes, where a block of the loop has to name data or a reward model
 GIVEN = ("from", "data", "prompts")  # a round says these itself
@@ -33,7 +33,9 @@ class ConstitutionSettings(StageSettings, CritiqueWork):
 
     kind: Literal["constitution"]
     data: str = Field(alias="prompts", description="A data set of this recipe; only its training prompts are used.")
-    rounds: Count = Field(2, description="Rounds at most; fewer where the held-out violation rate stops falling.")
+    rounds: Annotated[int, Field(ge=1, le=100)] = Field(
+        2, description="Rounds at most; fewer where the held-out violation rate stops falling."
+    )
     train: Optimiser = Field(
         description="What each round trains with: the settings of an sft, dpo or ppo stage, without `from` and data."
     )

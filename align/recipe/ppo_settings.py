@@ -8,10 +8,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from align.recipe.training_settings import Count, Fraction, Positive, Settings, TrainingSettings
+from align.recipe.training_settings import (
+    MOST_COUNT,
+    Count,
+    CountOrNone,
+    Fraction,
+    Positive,
+    Settings,
+    TrainingSettings,
+)
 
 Share = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0)]
+Several = Annotated[int, Field(ge=2, le=MOST_COUNT)]
 VALUE_FACTOR = 10  # the value model has more to learn than the policy may move
 Guard = Literal["kl", "entropy", "length", "repetition", "overoptimisation"]
 
@@ -115,14 +124,14 @@ class RlooEstimator(Settings):
     """No value model: each response is held against the mean of the others to the same prompt (Ahmadian 2024)."""
 
     kind: Literal["rloo"]
-    samples: Annotated[int, Field(ge=2)] = Field(4, description="Responses to each prompt.")
+    samples: Several = Field(4, description="Responses to each prompt.")
 
 
 class GrpoEstimator(Settings):
     """No value model: rewards are centred, and scaled, within the responses to one prompt (Shao 2024)."""
 
     kind: Literal["grpo"]
-    samples: Annotated[int, Field(ge=2)] = Field(8, description="Responses to each prompt.")
+    samples: Several = Field(8, description="Responses to each prompt.")
     divide_by_std: bool = Field(
         True, description="Divide by the group's deviation; false removes its bias to easy and hard prompts (Liu 2025)."
     )
@@ -157,7 +166,7 @@ class ValueSettings(Settings):
     clip: Positive | None = Field(
         None, description="Most that a value moves per round without penalty, in units of reward; None: no clip."
     )
-    warmup_rounds: Annotated[int, Field(ge=0)] = Field(0, description="First rounds that train the value model alone.")
+    warmup_rounds: CountOrNone = Field(0, description="First rounds that train the value model alone.")
 
     @model_validator(mode="before")
     @classmethod
@@ -205,7 +214,7 @@ class PpoSettings(TrainingSettings):
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0, description="Sample from the likeliest tokens of this share."
     )
-    top_k: Annotated[int, Field(ge=0)] = Field(0, description="Sample from the k likeliest tokens; 0: from all.")
+    top_k: CountOrNone = Field(0, description="Sample from the k likeliest tokens; 0: from all.")
     engine: Literal["local", "vllm"] = Field("local", description="Who generates; vllm where it is installed.")
     importance_cap: Positive = Field(
         2.0, description="Cap on the weights that correct for an engine whose probabilities differ (Yao 2025)."

@@ -16,6 +16,7 @@ from pydantic_core import ErrorDetails
 from align.errors import did_you_mean
 from align.recipe.places import Path, Problem, child_at, node_at
 from align.recipe.settings import Recipe
+from align.recipe.training_settings import MOST_COUNT
 from align.recipe.types import (
     NAME_RULE,
     STAGE_MODELS,
@@ -102,6 +103,8 @@ def _problem(details: ErrorDetails, root: Node) -> Problem:
             return Problem(path, f"{owner(path)} is empty; it needs at least one entry.")
         case "value_error":
             return Problem(path, f"{owner(path)}: {details['ctx']['error']}.", at_key=True)
+        case "less_than_equal" if details["ctx"]["le"] == MOST_COUNT:
+            return Problem(path, f"{owner(path)} is {node.shown()}; it must be at most {MOST_COUNT}.")
     if location and location[-1] == "[key]":
         return Problem(path, f"{owner(path)} needs another name: {NAME_RULE}.", at_key=True)
     return _wrong_value(root, path, node)

@@ -48,8 +48,8 @@ Made from `align/recipe/settings.py` by `align recipe settings > docs/settings.m
 prints the same as a JSON schema for editors, `align recipe show RECIPE` a recipe with every default filled in.
 
 Unknown keys are refused, and so is a value of another type: nothing that is written in a recipe is ever changed.
-Numbers may be written as `1e-5`; `yes`, `no`, `on` and `off` are text; paths are relative to the recipe. Any key can be
-set from the command line: `--set stages.sft.epochs=3`.
+Numbers may be written as `1e-5`, and whole numbers and `epochs` are at most 1000000000; `yes`, `no`, `on` and `off` are text;
+paths are relative to the recipe. Any key can be set from the command line: `--set stages.sft.epochs=3`.
 """
 
 

@@ -33,6 +33,7 @@ from align.recipe.training_settings import (
     ADAPTER_FACTOR,
     AdapterSettings,
     Count,
+    CountOrNone,
     Fraction,
     Name,
     Positive,
@@ -176,13 +177,13 @@ class EvaluationSettings(Settings):
     judge: str | None = Field(None, description="A judge file (YAML rules) that marks answers; relative to the recipe.")
     rows: Count = Field(200, description="Most held-out rows per measurement.")
     max_new_tokens: Count = Field(64, description="Longest answer that is generated.")
-    samples: Annotated[int, Field(ge=0)] = Field(5, description="Answers of parent and child that the report shows.")
+    samples: CountOrNone = Field(5, description="Answers of parent and child that the report shows.")
 
 
 class LaunchSettings(Settings):
     """How many processes train, and how they share a model. What is made is the same, up to rounding, for any number."""
 
-    processes: Count = Field(
+    processes: Annotated[int, Field(ge=1, le=1024)] = Field(
         1, description="Processes on this machine, one a GPU; torchrun or srun say it themselves. See docs/cluster.md."
     )
     strategy: Literal["ddp", "fsdp"] = Field(

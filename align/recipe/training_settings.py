@@ -8,7 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
+MOST_COUNT = 10**9  # of anything that is counted; what lies beyond is a slip, and no machine could do it
+Count = Annotated[int, Field(ge=1, le=MOST_COUNT)]
+CountOrNone = Annotated[int, Field(ge=0, le=MOST_COUNT)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
 
@@ -66,7 +68,7 @@ class TrainingSettings(StageSettings):
     quantize: Literal["nf4", "int8"] | None = Field(
         None, description="Load the frozen base in 4 bits (nf4, double quantization) or 8; needs an adapter."
     )
-    epochs: Positive = Field(1.0, description="Passes over the training rows.")
+    epochs: Annotated[float, Field(gt=0, le=MOST_COUNT)] = Field(1.0, description="Passes over the training rows.")
     max_steps: Count | None = Field(None, description="Stop after this many optimiser steps; None: epochs decide.")
     batch_size: Count = Field(
         16, description="Rows (pairs) per optimiser step. Split to fit `batch_tokens`; the result is the same."
@@ -97,6 +99,21 @@ class TrainingSettings(StageSettings):
     )
     neftune: Annotated[float, Field(ge=0)] = Field(
         0.0, description="Noise on the embeddings (NEFTune, Jain 2023); 5 is usual."
+    )
+    bad_steps: Literal["stop", "skip", "retry"] = Field(
+        "stop",
+        description="When loss or gradient of a step are not finite: stop; skip: leave weights and optimiser as they are; "
+        "retry: once more in float32, then stop.",
+    )
+    most_skipped_steps: Count = Field(10, description="With bad_steps: skip, one more than these stops the run.")
+    exploding_norm: Annotated[float, Field(gt=1)] | None = Field(
+        None,
+        description="Steps whose gradient norm is more than this many times the median of the last 100 are bad, too.",
+    )
+    fit: Literal["stop", "auto"] = Field(
+        "stop",
+        description="When memory is short: stop; auto: go on with half of batch_tokens (the result stays the same, but for "
+        "rounding and the noise of dropout); on one process.",
     )
     log_steps: Count = Field(10, description="Steps between two entries of the log.")
     save_steps: Count = Field(

@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 from align.recipe.critique_settings import Critic, EndpointCritic
 from align.recipe.ppo_settings import Estimator, FunctionReward, GuardSettings, ModelReward, Reward, ValueSettings
 from align.recipe.settings import AdapterSettings, DataSettings, DpoLoss, Recipe, Stage
+from align.recipe.training_settings import MOST_COUNT
 
 NAME_RULE = "letters, digits, - and _ only, a letter or digit first, at most 64"
 
@@ -219,7 +220,7 @@ def _range(limits: tuple[Any, ...]) -> str:
                 bounds.append(f"at least {ge}")
             case Gt(gt):
                 bounds.append(f"above {gt}")
-            case Le(le):
+            case Le(le) if le != MOST_COUNT:  # true of all that is counted; said where it is exceeded
                 bounds.append(f"at most {le}")
             case Lt(lt):
                 bounds.append(f"below {lt}")

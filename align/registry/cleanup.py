@@ -18,7 +18,7 @@ from align.registry.artifacts import NEW, discard, folder_size
 from align.registry.locks import FileLock, is_held
 from align.registry.records import CheckpointRecord, DataRecord, RunRecord
 from align.registry.references import ids_in
-from align.registry.registration import FOLDERS, PENDING, clear_work, disposable, home_lock
+from align.registry.registration import FOLDERS, PENDING, clear_work, disposable, home_lock, is_uncleared
 
 if TYPE_CHECKING:
     from align.registry.database import Database
@@ -108,17 +108,18 @@ def pinning_runs(database: Database, home: Path) -> list[RunRecord]:
 def _removals(database: Database, home: Path) -> list[Removal]:
     checkpoints = queries.checkpoints(database, home)
     data = queries.datasets(database, home)
-    ended = [run for run in queries.runs(database, home) if run.status != "running"]
+    runs = queries.runs(database, home)
     pins = pinning_runs(database, home)  # after all that is to be judged: what began meanwhile keeps its inputs
     inputs = {found for run in pins for found in ids_in(run.inputs_json)}
-    makers = {row["id"]: ids_in(row["inputs"]) for row in database.read("SELECT id, inputs FROM runs")}
+    made_data = {record.run for record in data}
+    makers = {run.id: ids_in(run.inputs_json) for run in runs if run.id in made_data}
     roots = inputs | {r.id for r in checkpoints if r.tags} | _newest(checkpoints) | _newest(data)
     kept = _reachable(roots, _origins(checkpoints, data, makers))
     return [
         *_superseded(checkpoints, kept, "checkpoint"),
         *_superseded(data, kept, "data"),
         *_leftovers(database, home),
-        *_dead_state(ended, {run.id for run in pins}),
+        *_dead_state([run for run in runs if run.status != "running"], {run.id for run in pins}),
         *_unused(home),
     ]
 
@@ -171,11 +172,12 @@ def _leftovers(database: Database, home: Path) -> list[Removal]:
     known = queries.artifact_paths(database)
     known |= {f"{FOLDERS[entry['table']]}/{entry['id'][:16]}" for entry in pending}
     known |= {f"runs/{row['id']}" for row in database.read("SELECT id FROM runs")}
+    places = [place for place in (*FOLDERS.values(), "runs") if (home / place).is_dir()]
+    unknown = (path for place in places for path in (home / place).iterdir() if f"{place}/{path.name}" not in known)
     return [
         Removal("leftover", folder.name, "", folder, folder_size(folder), "it was never registered: a crash left it")
-        for place in (*FOLDERS.values(), "runs")
-        for folder in sorted((home / place).glob("*"))
-        if f"{place}/{folder.name}" not in known and not _in_use(folder)
+        for folder in sorted(unknown)
+        if not _in_use(folder)
     ]
 
 
@@ -201,7 +203,7 @@ def _dead_state(ended: Sequence[RunRecord], pinned: set[str]) -> list[Removal]:
     return [
         Removal("state", run.id, f"{run.recipe}/{run.stage}", run.work, _state_size(run), _why_dead(run))
         for run in ended
-        if run.id not in pinned and any(path.exists() for path in (*disposable(run.work), run.work / PENDING))
+        if run.id not in pinned and is_uncleared(run.work)
     ]
 
 

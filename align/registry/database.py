@@ -39,6 +39,9 @@ class Database(Protocol):
     def read(self, sql: str, **values: Any) -> list[Row]:
         """Rows of a query, by column name. A registry that does not exist yet has none."""
 
+    def json_part(self, column: str, key: str) -> str:
+        """SQL for the value of a key in a column of JSON text, as JSON text; NULL where there is none."""
+
     def write(self, *, durable: bool = True) -> AbstractContextManager[Connection]:
         """One transaction, alone; rolled back by an exception. durable: on disk when the block ends, power cut or not."""
 
@@ -57,8 +60,10 @@ class SqliteDatabase:
 
     def read(self, sql: str, **values: Any) -> list[Row]:
         """See Database."""
-        if not self._path.exists():
+        if not self._path.exists() or not self._path.stat().st_size:  # where a process was killed while it made one
             return []
+        if self._path.is_dir():
+            raise AlignError(f"the registry {self._path} is a folder, not a file", "Remove it, or set ALIGN_HOME.")
         try:
             return self._select(sql, values, "mode=rw")
         except sqlite3.OperationalError as error:
@@ -68,6 +73,10 @@ class SqliteDatabase:
             return self._select(sql, values, "immutable=1")  # a read-only disk has no room for WAL's shared memory
         except sqlite3.DatabaseError as error:
             raise _damaged(self._path, error) from error
+
+    def json_part(self, column: str, key: str) -> str:
+        """See Database."""
+        return f"json_extract({column}, '$.{key}')"
 
     def _refuse_unfinished_log(self) -> None:
         """Reading past the write-ahead log would show an old state as the present one."""
@@ -140,6 +149,10 @@ class PostgresDatabase:
 
         with self._connected() as connection:
             return [dict(row) for row in connection.execute(text(sql), values).mappings()]
+
+    def json_part(self, column: str, key: str) -> str:
+        """See Database."""
+        return f"CAST({column} AS json) ->> '{key}'"
 
     @contextmanager
     def write(self, *, durable: bool = True) -> Iterator[Connection]:

@@ -1,5 +1,6 @@
 """What the registry tells about a data set, a checkpoint, a run and a metric. Plain frozen values, no access to anything.
 
+What the registry keeps as JSON text is parsed when it is asked for: a listing of thousands needs little of it.
 `as_dict()` is the JSON that the command line prints; a number that JSON cannot say (NaN, infinity) is null there.
 """
 
@@ -30,7 +31,7 @@ class DataUse:
 
 @dataclass(frozen=True, slots=True)
 class DataRecord:
-    """A registered data set. key: hash of what it was made from; info: its data report; size in bytes."""
+    """A registered data set. key: hash of what it was made from; size in bytes."""
 
     number: int
     id: str
@@ -38,24 +39,28 @@ class DataRecord:
     key: str
     path: Path
     size: int
-    info: Mapping[str, Any]
+    info_json: str
     run: str | None
     created: str
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """Its data report."""
+        return dict(json.loads(self.info_json))
 
     def as_dict(self) -> dict[str, Any]:
         """JSON form."""
         return {
             "id": self.id, "name": self.name, "key": self.key, "path": str(self.path), "bytes": self.size,
-            "run": self.run, "created": self.created, "info": dict(self.info),
+            "run": self.run, "created": self.created, "info": self.info,
         }  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointRecord:
-    """A registered checkpoint. parents: ids of checkpoints, or hub ids and folders that lie outside the registry.
+    """A registered checkpoint.
 
-    id: content hash of its files, which two runs may share; number: order of registration, unique; size in bytes;
-    recipe: what the run that made it recorded; its entry `recipe`, where there is one, is the resolved recipe.
+    id: content hash of its files, which two runs may share; number: order of registration, unique; size in bytes.
     """
 
     number: int
@@ -67,25 +72,56 @@ class CheckpointRecord:
     stage: str
     run: str
     key: str
-    parents: tuple[str, ...]
-    data: tuple[DataUse, ...]
-    recipe: Mapping[str, Any]
+    parents_json: str
+    data_json: str
+    settings_json: str
     template_sha256: str | None
     tokenizer_sha256: str | None
-    metrics: Mapping[str, Any]
-    samples: tuple[Mapping[str, Any], ...]
-    versions: Mapping[str, str]
+    metrics_json: str
+    samples_json: str
+    versions_json: str
     tags: tuple[str, ...]
     created: str
 
+    @property
+    def parents(self) -> tuple[str, ...]:
+        """Ids of checkpoints, or hub ids and folders that lie outside the registry."""
+        return tuple(json.loads(self.parents_json))
+
+    @property
+    def data(self) -> tuple[DataUse, ...]:
+        """The data sets that went into it."""
+        return tuple(DataUse(**use) for use in json.loads(self.data_json))
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What the run that made it recorded; its entry `recipe`, where there is one, is the resolved recipe."""
+        return dict(json.loads(self.settings_json))
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """Held-out numbers, before and after."""
+        return dict(json.loads(self.metrics_json))
+
+    @property
+    def samples(self) -> tuple[Mapping[str, Any], ...]:
+        """Answers to held-out prompts."""
+        return tuple(json.loads(self.samples_json))
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Of the libraries and the machine that made it."""
+        return dict(json.loads(self.versions_json))
+
     def as_dict(self) -> dict[str, Any]:
         """JSON form, without the samples (they belong to the report)."""
+        recorded = self.recipe
         return {
             "id": self.id, "name": self.name, "kind": self.kind, "path": str(self.path), "bytes": self.size,
             "stage": self.stage, "run": self.run, "key": self.key, "parents": list(self.parents),
-            "data": [use.as_dict() for use in self.data], "recipe": dict(self.recipe.get("recipe", self.recipe)),
+            "data": [use.as_dict() for use in self.data], "recipe": recorded.get("recipe", recorded),
             "template_sha256": self.template_sha256, "tokenizer_sha256": self.tokenizer_sha256,
-            "metrics": dict(self.metrics), "versions": dict(self.versions), "tags": list(self.tags),
+            "metrics": self.metrics, "versions": self.versions, "tags": list(self.tags),
             "created": self.created,
         }  # fmt: skip
 
@@ -147,8 +183,13 @@ class RunRecord:
     inputs_json: str
 
     @property
+    def stopped(self) -> bool:
+        """Whether it ended before its end."""
+        return self.status not in ("running", "finished")
+
+    @property
     def settings(self) -> dict[str, Any]:
-        """Resolved settings; parsed when asked for, because a listing of thousands of runs does not need them."""
+        """Resolved settings."""
         return dict(json.loads(self.settings_json))
 
     @property

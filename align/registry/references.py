@@ -9,7 +9,7 @@ a-tag                 what the tag points to
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol, TypeVar
 
 from align.errors import AlignError, did_you_mean
@@ -65,21 +65,28 @@ def is_id(name: str, prefix: str) -> bool:
     return not prefix and ID_PREFIX.fullmatch(name) is not None
 
 
+def starting(prefix: str) -> dict[str, str]:
+    """The bounds of all ids that begin so, for SQL's BETWEEN, which an index answers."""
+    return {"id": prefix, "end": f"{prefix}g"}  # the letter after the last of a hexadecimal number
+
+
 def chosen(named: Sequence[Record], prefix: str, what: str, reference: str) -> Record:
     """Of the records of one name, the newest, or the one whose id begins with `prefix`. Raises as `only_one` does."""
     if not prefix:
         return named[0]
     matching = [record for record in named if record.id.startswith(prefix)]
-    return only_one(matching, what, reference, (f"{reference.partition('@')[0]}@{record.id[:8]}" for record in named))
+    name = reference.partition("@")[0]
+    return only_one(matching, what, reference, lambda: (f"{name}@{record.id[:8]}" for record in named))
 
 
-def only_one(found: Sequence[Record], what: str, reference: str, known: Iterable[str]) -> Record:
+def only_one(found: Sequence[Record], what: str, reference: str, known: Callable[[], Iterable[str]]) -> Record:
     """The newest of the records found, when they all have one id.
 
-    Raises AlignError when there is none, with the nearest of the known names, or when there are several ids.
+    known: names, asked for only where there is none. Raises AlignError then, with the nearest of them, or when there are
+    several ids.
     """
     if not found:
-        raise AlignError(f"no {what} '{printable(reference)}'", did_you_mean(reference, set(known)))
+        raise AlignError(f"no {what} '{printable(reference)}'", did_you_mean(reference, set(known())))
     ids = list(dict.fromkeys(record.id for record in found))
     if len(ids) > 1:
         listed = ", ".join(name[:16] for name in ids[:5]) + (", …" if len(ids) > 5 else "")

@@ -84,6 +84,15 @@ def disposable(work: Path) -> list[Path]:
     return [work / "state", work / "artifact", *work.glob(f"{REMOVED}*")]
 
 
+def is_uncleared(work: Path) -> bool:
+    """Whether there is something that `clear_work` would drop. One look at the folder: a sweep looks at thousands."""
+    try:
+        names = [path.name for path in work.iterdir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return any(name in ("state", "artifact", PENDING) or name.startswith(REMOVED) for name in names)
+
+
 def publish_all(
     database: Database, home: Path, ready: Sequence[tuple[Output, Manifest]], run_id: str | None
 ) -> list[int]:

@@ -10,33 +10,25 @@ from typing import Any
 from align.errors import AlignError, did_you_mean
 from align.registry import cleanup, queries
 from align.registry.artifacts import NEW, discard, disk_errors_explained, problems
-from align.registry.database import Database, PostgresDatabase, SqliteDatabase
-from align.registry.hashing import Manifest, folder_manifest
+from align.registry.database import PostgresDatabase, SqliteDatabase
+from align.registry.hashing import folder_manifest
 from align.registry.identity import check_identity
-from align.registry.lineage import Lineage, children_of, trace
+from align.registry.lineage import children_of
 from align.registry.migrations import LATEST, migrate, refuse_newer
-from align.registry.records import CheckpointRecord, DataRecord, MetricRow, RunRecord, to_json
+from align.registry.reader import Reader
+from align.registry.records import CheckpointRecord, DataRecord, to_json
 from align.registry.recovery import recover
 from align.registry.references import (
-    RUN_PREFIX,
     check_name,
     check_tag,
-    chosen,
     ids_in,
-    is_id,
-    only_one,
-    parse_reference,
 )
 from align.registry.registration import Output, home_lock, now, register
 from align.registry.run import Run
 
 
-class Registry:
+class Registry(Reader):
     """Data sets, checkpoints, runs and metrics of one home folder. `open` makes one; every operation is one transaction."""
-
-    def __init__(self, home: Path, database: Database) -> None:
-        self.home = home
-        self._database = database
 
     @classmethod
     def open(cls, home: Path | None = None, url: str | None = None, *, create: bool = True) -> Registry:
@@ -46,12 +38,27 @@ class Registry:
         Raises AlignError when the folder cannot be written or the database does not answer.
         """
         place = (home or Path(os.environ.get("ALIGN_HOME") or ".align")).absolute()
+        address = url or os.environ.get("ALIGN_REGISTRY_URL")
+        registry = cls(place, PostgresDatabase(address) if address else SqliteDatabase(place / "registry.db"))
+        registry._prepare(create=create)
+        return registry
+
+    def make(self) -> None:
+        """Makes folders and tables where they are missing, if it was opened without. Raises AlignError as `open`."""
+        self._prepare(create=True)
+
+    def _prepare(self, *, create: bool) -> None:
+        if self.home.exists() and not self.home.is_dir():
+            raise AlignError(f"{self.home} is a file, not a folder", "Set ALIGN_HOME to the folder of a registry.")
         if create:
-            _make_folders(place)
-        database = _connect(place, url or os.environ.get("ALIGN_REGISTRY_URL") or None, create=create)
-        with disk_errors_explained(place):
-            check_identity(database, place, create=create)
-        return cls(place, database)
+            _make_folders(self.home)
+        version = self._database.version()
+        refuse_newer(version)
+        if version < LATEST and (create or version > 0):
+            with self._database.write() as connection:
+                migrate(connection)
+        with disk_errors_explained(self.home):
+            check_identity(self._database, self.home, create=create)
 
     # Data sets
 
@@ -72,27 +79,6 @@ class Registry:
         with disk_errors_explained(self.home):
             folder.mkdir()
         return folder
-
-    def folder_of(self, record: CheckpointRecord | DataRecord) -> Path:
-        """Where the files of a record are."""
-        return record.path
-
-    def data_by_key(self, key: str) -> DataRecord | None:
-        """The newest data set that was made from what `key` is the hash of."""
-        found = self._datasets("d.key = :key", key=key)
-        return found[0] if found else None
-
-    def data(self, reference: str) -> DataRecord:
-        """The newest data set of that name, or the one whose id begins so. Raises AlignError for none or several."""
-        name, prefix = parse_reference(reference)
-        if named := self._datasets("d.name = :name", name=name):
-            return chosen(named, prefix, "data set", reference)
-        by_id = self._datasets("d.artifact LIKE :start", start=f"{name}%") if is_id(name, prefix) else []
-        return only_one(by_id, "data set", reference, {record.name for record in self.all_data()})
-
-    def all_data(self, limit: int | None = None) -> list[DataRecord]:
-        """All data sets, or the newest `limit`, newest first."""
-        return self._datasets(limit=limit)
 
     # Runs
 
@@ -128,76 +114,7 @@ class Registry:
         """Records results that were complete when their run was killed; returns the ids of those runs."""
         return recover(self._database, self.home)
 
-    def run(self, id_prefix: str) -> RunRecord:
-        """The run whose id begins so. Raises AlignError for none or several."""
-        found = self._runs("r.id LIKE :start", start=f"{id_prefix}%") if RUN_PREFIX.fullmatch(id_prefix) else []
-        known = {row["id"] for row in self._database.read("SELECT id FROM runs ORDER BY number DESC LIMIT 20")}
-        return only_one(found, "run", id_prefix, known)
-
-    def all_runs(self, limit: int | None = None) -> list[RunRecord]:
-        """All runs, or the newest `limit`, newest first, each with the status that is true now."""
-        return self._runs(limit=limit)
-
-    def resumable(self, key: str) -> RunRecord | None:
-        """The last run of that key that does not run now, if it did not finish and its folder is still there."""
-        done = [run for run in self._runs("r.key = :key", key=key) if run.status != "running"]
-        return done[0] if done and done[0].status != "finished" and done[0].work.is_dir() else None
-
-    def metrics(self, run_id: str) -> list[MetricRow]:
-        """Metrics of a run, by step and name."""
-        return queries.metrics(self._database, run_id)
-
     # Checkpoints
-
-    def checkpoint(self, reference: str) -> CheckpointRecord:
-        """The checkpoint behind recipe/stage, recipe/stage@id, a tag or the beginning of an id.
-
-        Raises AlignError with the nearest name when there is none, with the candidates when there are several.
-        """
-        name, prefix = parse_reference(reference)
-        for condition in ("c.name = :name", "c.number IN (SELECT checkpoint FROM tags WHERE tag = :name)"):
-            if named := self._checkpoints(condition, name=name):
-                return chosen(named, prefix, "checkpoint", reference)
-        by_id = self._checkpoints("c.artifact LIKE :start", start=f"{name}%") if is_id(name, prefix) else []
-        return only_one(by_id, "checkpoint", reference, self._known_references())
-
-    def knows(self, reference: str) -> bool:
-        """Whether `checkpoint` would find something."""
-        try:
-            self.checkpoint(reference)
-        except AlignError:
-            return False
-        return True
-
-    def checkpoint_by_key(self, key: str) -> CheckpointRecord | None:
-        """The newest checkpoint whose run had this key."""
-        found = self._checkpoints("r.key = :key", key=key)
-        return found[0] if found else None
-
-    def all_checkpoints(self, limit: int | None = None) -> list[CheckpointRecord]:
-        """All checkpoints, or the newest `limit`, newest first."""
-        return self._checkpoints(limit=limit)
-
-    def checkpoints_of(self, run_id: str) -> list[CheckpointRecord]:
-        """What a run made, newest first."""
-        return self._checkpoints("c.run = :run", run=run_id)
-
-    def files(self, record: CheckpointRecord | DataRecord) -> Manifest:
-        """Files of an artifact as they were registered: hashes and sizes."""
-        return queries.manifest(self._database, record.id)
-
-    def parents(self, record: CheckpointRecord) -> list[CheckpointRecord]:
-        """Checkpoints of the registry that this one was made from."""
-        found = [self._checkpoints("c.artifact = :id", id=parent) for parent in record.parents]
-        return [newest[0] for newest in found if newest]
-
-    def children(self, record: CheckpointRecord) -> list[CheckpointRecord]:
-        """Checkpoints that were made from this one, newest first."""
-        return children_of(self._database, self.home, record.id)
-
-    def lineage(self, reference: str) -> Lineage:
-        """What a checkpoint was made from, all the way up, and what was made from it."""
-        return trace(self._database, self.home, self.checkpoint(reference))
 
     def tag(self, reference: str, tag: str) -> CheckpointRecord:
         """Points `tag` to a checkpoint; a tag that exists moves. Raises AlignError when a checkpoint has that name."""
@@ -282,6 +199,7 @@ class Registry:
 
     def remove(self, reference: str) -> CheckpointRecord:
         """Removes a checkpoint. Raises AlignError when something was made from it, uses it now, or a tag points to it."""
+        self.checkpoint(reference)  # one that is not there is refused without a lock, which a missing home cannot hold
         with home_lock(self.home):
             record = self.checkpoint(reference)
             last = len(self._checkpoints("c.artifact = :id", id=record.id)) == 1
@@ -296,15 +214,6 @@ class Registry:
         if not dry_run:
             self.recover()
         return cleanup.collect(self._database, self.home, dry_run=dry_run)
-
-    def _checkpoints(self, condition: str = queries.ALL, **values: Any) -> list[CheckpointRecord]:
-        return queries.checkpoints(self._database, self.home, condition, **values)
-
-    def _datasets(self, condition: str = queries.ALL, **values: Any) -> list[DataRecord]:
-        return queries.datasets(self._database, self.home, condition, **values)
-
-    def _runs(self, condition: str = queries.ALL, **values: Any) -> list[RunRecord]:
-        return queries.runs(self._database, self.home, condition, **values)
 
     def _refuse_needed(self, record: CheckpointRecord, *, last: bool) -> None:
         if record.tags:
@@ -322,22 +231,12 @@ class Registry:
                 f"{record.name}@{record.id[:8]} is an input of run {', '.join(users)}, which is not finished"
             )
 
-    def _known_references(self) -> set[str]:
-        rows = self._database.read("SELECT name FROM checkpoints UNION SELECT tag AS name FROM tags")
-        return {row["name"] for row in rows}
-
-
-def _connect(home: Path, url: str | None, *, create: bool) -> Database:
-    database: Database = PostgresDatabase(url) if url else SqliteDatabase(home / "registry.db")
-    version = database.version()
-    refuse_newer(version)
-    if version < LATEST and (create or version > 0):
-        with database.write() as connection:
-            migrate(connection)
-    return database
-
 
 def _make_folders(home: Path) -> None:
     with disk_errors_explained(home):
         for name in ("checkpoints", "data", "runs", "cache"):
-            (home / name).mkdir(parents=True, exist_ok=True)
+            try:
+                (home / name).mkdir(parents=True, exist_ok=True)
+            except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+                hint = "Set ALIGN_HOME to a folder, or to where one can be made."
+                raise AlignError(f"{home} cannot be made: {error.strerror}", hint) from error

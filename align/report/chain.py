@@ -60,9 +60,8 @@ def gather(registry: Registry, target: str) -> Chain:
     run = shelf.run(target)
     if run:
         return _chain(shelf, target, f"{run.recipe}/{run.stage}", _stages_of(shelf, run))
-    for made in reversed(shelf.made):
-        if made.name == target:
-            return _chain(shelf, target, target, [shelf.from_data(made)])
+    if made := shelf.data_stage(target):
+        return _chain(shelf, target, target, [shelf.from_data(made)])
     try:
         record = registry.checkpoint(target)
     except AlignError as error:
@@ -70,42 +69,27 @@ def gather(registry: Registry, target: str) -> Chain:
     return _chain(shelf, target, record.name, [shelf.from_checkpoint(record)])
 
 
-def recipes(registry: Registry) -> list[str]:
-    """Names of all recipes that left a run, the newest first."""
-    runs = sorted(registry.all_runs(), key=lambda run: run.number, reverse=True)
-    return list(dict.fromkeys(run.recipe for run in runs))
-
-
 def _stages_of(shelf: Shelf, run: RunRecord) -> list[StageFacts]:
     """What a run made: checkpoints (those of one run under several names are one stage), data sets, or nothing."""
-    made = {(one := shelf.from_checkpoint(record)).key: one for record in shelf.checkpoints if record.run == run.id}
-    data = [one for one in map(shelf.from_data, shelf.made) if one.run and one.run.id == run.id]
-    return [*made.values(), *data] or [shelf.from_run(run)]
+    records = reversed(shelf.registry.checkpoints_of(run.id))
+    made = {(one := shelf.from_checkpoint(record)).key: one for record in records}
+    data = shelf.made_in(run.id)
+    return [*made.values(), *([shelf.from_data(data)] if data else [])] or [shelf.from_run(run)]
 
 
 def _recipe_stages(shelf: Shelf, name: str) -> list[StageFacts]:
-    newest = {
-        record.name: record
-        for record in shelf.checkpoints
-        if record.name.rpartition("/")[0] == name and not shelf.is_loop(record.name)
-    }
+    newest = shelf.checkpoints(name)
     stages = without_stale_rounds(shelf.from_checkpoint(record) for record in newest.values())
     used = {made.name for stage in stages for made in shelf.made_by(stage).values()}
-    data = {made.name: made for made in shelf.made if made.name.rpartition("/")[0] == name and made.name not in used}
-    unused = [shelf.from_data(made) for made in data.values()]
+    unused = [shelf.from_data(made) for stage, made in shelf.data_stages(name).items() if stage not in used]
     return without_stale_rounds([*stages, *unused, *_unfinished(shelf, name, newest)])
 
 
 def _unfinished(shelf: Shelf, name: str, done: Mapping[str, CheckpointRecord]) -> list[StageFacts]:
-    newest: dict[str, RunRecord] = {}
-    for run in sorted(shelf.registry.all_runs(), key=lambda run: run.number):
-        if run.recipe == name:
-            newest[run.stage] = run
-    last = {stage: done.get(f"{name}/{stage}") for stage in newest}
     return [
         shelf.from_run(run)
-        for stage, run in newest.items()
-        if run.status != "finished" and not ((made := last[stage]) and made.created > run.started)
+        for run in reversed(shelf.registry.last_runs(name))
+        if run.status != "finished" and not ((made := done.get(f"{name}/{run.stage}")) and made.created > run.started)
     ]
 
 
@@ -152,7 +136,7 @@ def _started(stage: StageFacts) -> tuple[str, str]:
 
 
 def _nothing_found(registry: Registry, target: str) -> AlignError:
-    known = recipes(registry)
+    known = registry.recipes()
     if not known:
         return AlignError(
             f"nothing to report on '{target}': the registry is empty", "Run a recipe first: align run RECIPE"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterable, Mapping
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 from align.errors import AlignError
@@ -18,24 +17,39 @@ if TYPE_CHECKING:
 
 
 class Shelf:
-    """The registry, read once for one report."""
+    """The registry, asked for what one report needs: of thousands of runs, those of its chain."""
 
     def __init__(self, registry: Registry) -> None:
         self.registry = registry
 
-    @cached_property
-    def checkpoints(self) -> list[CheckpointRecord]:
-        """All checkpoints, the oldest first."""
-        return sorted(self.registry.all_checkpoints(), key=lambda record: record.number)
+    def checkpoints(self, recipe: str) -> dict[str, CheckpointRecord]:
+        """The newest of each name of a recipe, the oldest first. A loop's name stands for one of its rounds, and is not
+        among them."""
+        newest = {record.name: record for record in reversed(self.registry.newest_checkpoints(f"{recipe}/"))}
+        rounds = (re.fullmatch(r"(.+)\.\d+", name) for name in newest)
+        loops = {found[1] for found in rounds if found}
+        below = {name: record for name, record in newest.items() if name.rpartition("/")[0] == recipe}
+        return {name: record for name, record in below.items() if name not in loops}
 
-    @cached_property
-    def made(self) -> list[StageData]:
-        """What each run that made data has made, the oldest first."""
-        found: dict[str, dict[str, DataRecord]] = {}
-        for record in sorted(self.registry.all_data(), key=lambda record: record.number):
-            if record.run and isinstance(record.info.get("stage"), Mapping):
-                found.setdefault(record.run, {})[record.name.rpartition(".")[2]] = record
-        return [StageData(outputs) for outputs in found.values()]
+    def data_stages(self, recipe: str) -> dict[str, StageData]:
+        """What the stages of a recipe that make data made last, by name, the oldest first."""
+        newest = reversed(self.registry.newest_data(f"{recipe}/"))
+        made = [found for run in dict.fromkeys(record.run for record in newest) if (found := self.made_in(run))]
+        return {one.name: one for one in made if one.name.rpartition("/")[0] == recipe}
+
+    def data_stage(self, name: str) -> StageData | None:
+        """What the stage of that name made last, if it makes data."""
+        runs = dict.fromkeys(record.run for record in self.registry.newest_data(f"{name}."))
+        return next((made for run in runs if (made := self.made_in(run)) and made.name == name), None)
+
+    def made_in(self, run: str | None) -> StageData | None:
+        """The data sets that a run made."""
+        outputs = {
+            record.name.rpartition(".")[2]: record
+            for record in reversed(self.registry.data_of(run) if run else [])
+            if isinstance(record.info.get("stage"), Mapping)
+        }
+        return StageData(outputs) if outputs else None
 
     def run(self, name: str) -> RunRecord | None:
         """The run whose id begins so."""
@@ -79,24 +93,17 @@ class Shelf:
 
     def kept(self, loop: str) -> CheckpointRecord | None:
         """The checkpoint that stands under the name of a loop: the round that was kept."""
-        return next((record for record in reversed(self.checkpoints) if record.name == loop), None)
-
-    def is_loop(self, name: str) -> bool:
-        """Whether checkpoints of rounds stand under this name."""
-        return any(re.fullmatch(rf"{re.escape(name)}\.\d+", record.name) for record in self.checkpoints)
+        return self.registry.newest_checkpoint(loop)
 
     def _maker(self, stage: StageFacts, use: DataUse, before: str) -> StageData | None:
         """Of several that made the same content, the one of that name, then the newest that was there in time."""
         named = f"{stage.name.rpartition('/')[0]}/{use.name}"
-        fitting = [
-            (any(record.name == named for record in made.outputs.values()), place, made)
-            for place, made in enumerate(self.made)
-            if made.created <= before and any(record.id == use.id for record in made.outputs.values())
-        ]
-        return max(fitting, key=lambda found: found[:2])[2] if fitting else None
+        same = sorted(self.registry.data_with(use.id), key=lambda record: record.name != named)
+        makers = (self.made_in(run) for run in dict.fromkeys(record.run for record in same))
+        return next((made for made in makers if made and made.created <= before), None)
 
     def _round_behind(self, record: CheckpointRecord) -> CheckpointRecord | None:
-        same = (one for one in reversed(self.checkpoints) if one.run == record.run and one.id == record.id)
+        same = (one for one in self.registry.checkpoints_of(record.run) if one.id == record.id)
         return next((one for one in same if re.fullmatch(rf"{re.escape(record.name)}\.\d+", one.name)), None)
 
     def _data(self, identifiers: Iterable[str]) -> dict[str, DataRecord]:

@@ -13,12 +13,12 @@ from align.errors import AlignError
 from align.progress import Progress
 from align.recipe import ppo_settings as settings
 from align.rewards.function import Function
-from align.rewards.model import ModelReward, RewardModel
 from align.rewards.response import Response, Reward
 from align.rewards.verifiable import AnswerMatch, Judged, Length, Regex
 
 if TYPE_CHECKING:
     from align.judge import Judge
+    from align.rewards.model import RewardModel
 
 LARGEST = 3.4e38  # what float32, in which advantages are reckoned, can hold
 
@@ -86,6 +86,8 @@ def build_rewards(
 def _reward(term: settings.Reward, models: Mapping[str, RewardModel], judges: Mapping[str | None, Judge]) -> Reward:
     match term:
         case settings.ModelReward():
+            from align.rewards.model import ModelReward  # torch, which the other rewards can do without
+
             return ModelReward(models[term.from_])
         case settings.JudgeReward():
             if term.file not in judges:

@@ -17,6 +17,7 @@ from align.chat.encoded import Encoded, EncodedPair
 from align.data.examples import Preference, Rated
 from align.errors import AlignError
 from align.evaluation.numbers import TIE_NATS, accuracy_change, as_metrics, kl_numbers, preference_numbers
+from align.memory import Budget
 from align.models.hardware import compute_dtype, width_of
 from align.models.loading import load_policy
 from align.models.saving import save_checkpoint
@@ -30,7 +31,8 @@ from align.stages.encoding import Desk
 from align.stages.objectives import ComparedPair, PreferenceLoss, RatedLoss, RatedRow
 from align.stages.reference import as_floats, reference_logps, rotated
 from align.stages.stage import Inputs, Outcome
-from align.trainer import Task, autocast, train
+from align.steps import autocast
+from align.trainer import Task, train
 
 
 def run(settings: DpoSettings, inputs: Inputs, folder: Path, progress: Progress) -> Outcome:
@@ -43,13 +45,18 @@ def run(settings: DpoSettings, inputs: Inputs, folder: Path, progress: Progress)
     held_out = stage.rows(model, inputs.data.test, "held-out")
     before = bench.answers(model)
     measured = held_out[: inputs.evaluation.rows]
-    task = Task(model, stage.objective(), rows, measured, settings, inputs.seed, inputs.work, inputs.log_to)
-    train(task, progress)
+    budget = Budget.of(settings, progress.note)
+    objective = stage.objective(budget)
+    task = Task(
+        model, objective, rows, measured, settings, inputs.seed, inputs.work, inputs.log_to, budget=budget
+    )  # fmt: skip
+    trained = train(task, progress)
     after = bench.answers(model)
     metrics = {
         **stage.ranking(model, held_out),
         **as_metrics(stage.drift(model, bench), "after."),
         **judged(before, after),
+        **trained.as_metrics(),
     }
     save_checkpoint(model, stage.desk.tokenizer, folder)
     return Outcome(
@@ -105,11 +112,11 @@ class _Dpo:
             gradient_checkpointing=self.settings.gradient_checkpointing,
         )
 
-    def objective(self) -> Objective:
-        """The loss that the recipe chose."""
+    def objective(self, budget: Budget) -> Objective:
+        """The loss that the recipe chose. budget: that of the training."""
         loss, beta = self.settings.loss, self.settings.beta
         if isinstance(loss, KtoLoss):
-            return RatedLoss(loss, beta=beta, batch_tokens=self.settings.batch_tokens)
+            return RatedLoss(loss, beta=beta, budget=budget)
         return PreferenceLoss(loss, beta=beta)
 
     def rows(self, model: nn.Module, examples: Sequence[Any], what: str) -> Sequence[Any]:

@@ -30,6 +30,7 @@ class Desk:
     encoder: Encoder
     max_length: int
     context: int
+    data: str
     kept: Path | None = None
 
     @classmethod
@@ -51,7 +52,7 @@ class Desk:
             cut_prompt=settings.cut_prompt,
             train_on=getattr(settings, "train_on", "assistant"),
         )
-        return cls(tokenizer, encoder, longest, context, kept)
+        return cls(tokenizer, encoder, longest, context, settings.data, kept)
 
     @property
     def template_sha256(self) -> str:
@@ -60,10 +61,15 @@ class Desk:
 
     def rows(self, examples: Sequence[Example], what: str, progress: Progress | None = None) -> StoredRows:
         """Encoded rows, without those that the length policy drops. Raises AlignError when none of them is left."""
-        found = encode_rows(self.encoder, examples, self.kept, progress or Progress())
+        try:
+            found = encode_rows(self.encoder, examples, self.kept, progress or Progress())
+        except AlignError as error:
+            error.message = f"data set '{self.data}' ({what} rows): {error.message}"
+            raise
         if examples and not found:
+            reasons = _reasons(self.encoder.lengths.as_dict())
             raise AlignError(
-                f"none of the {len(examples)} {what} rows is left: {_reasons(self.encoder.lengths.as_dict())}",
+                f"data set '{self.data}': none of the {len(examples)} {what} rows is left: {reasons}",
                 f"Raise max_length (now {self.max_length}), or set too_long: cut or cut_prompt: true.",
             )
         return found

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from align.batches import micro_batches
 from align.chat.encoded import Encoded, EncodedPair
+from align.generators import generators_now
 from align.losses import bradley_terry_loss, nll_sum
-from align.models.logps import is_padded, trained_logps
+from align.memory import Budget, Cut
+from align.models.logps import trained_logps
 from align.models.rewards import row_rewards
 from align.objective import Objective
 from align.preference_losses import (
@@ -168,8 +169,8 @@ class RatedRow:
 class RatedLoss(Objective):
     """KTO on rated replies, divided by their number. Its baseline is that of the whole optimiser step."""
 
-    def __init__(self, loss: KtoLoss, *, beta: float, batch_tokens: int) -> None:
-        self.loss, self.beta, self.batch_tokens = loss, beta, batch_tokens
+    def __init__(self, loss: KtoLoss, *, beta: float, budget: Budget) -> None:
+        self.loss, self.beta, self.budget = loss, beta, budget
         self.kl = torch.zeros(())
 
     def weight(self, rows: Sequence[RatedRow]) -> float:
@@ -182,13 +183,22 @@ class RatedLoss(Objective):
 
     def prepared(self, model: nn.Module, rows: Sequence[RatedRow]) -> Sequence[RatedRow]:
         """The rows as they are. Baseline of this step: the KL estimate of all their mismatched replies together."""
-        logps = torch.zeros(len(rows))
-        with torch.no_grad():
-            lengths = [len(row.mismatched.ids) for row in rows]
-            for group in micro_batches(lengths, self.batch_tokens, padded=is_padded(model)):
-                logps[group] = trained_logps(model, [rows[i].mismatched for i in group]).sums().cpu()
+        lengths = [len(row.mismatched.ids) for row in rows]
+
+        def mismatched(cut: Cut) -> Tensor:
+            logps = torch.zeros(len(rows))
+            with torch.no_grad():
+                for group in cut(lengths):
+                    logps[group] = trained_logps(model, [rows[i].mismatched for i in group]).sums().cpu()
+            return logps
+
+        logps = self.budget.fitted(model, lengths, mismatched, generators_now())
         self.kl = kto_kl(logps, _column([row.mismatched_reference for row in rows], logps))
         return rows
+
+    def again(self, model: nn.Module, rows: Sequence[RatedRow]) -> None:
+        """The baseline in the arithmetic and the parts of the new attempt."""
+        self.prepared(model, rows)
 
     def __call__(self, model: nn.Module, rows: Sequence[RatedRow]) -> tuple[Tensor, dict[str, float]]:
         """Summed loss; how many implicit rewards have the sign of their rating."""

@@ -21,6 +21,7 @@ from align.data.examples import Document, Question, prompt_of
 from align.errors import AlignError
 from align.evaluation.intervals import mean, paired_difference, transformed, wilson
 from align.evaluation.numbers import as_metrics, kl_numbers, likelihood_numbers
+from align.memory import Budget
 from align.models.adapters import fits_policy, put_reward_adapter
 from align.models.folders import load_tokenizer
 from align.models.hardware import compute_dtype, width_of
@@ -28,8 +29,9 @@ from align.models.roles import AdapterReward, RoleOpener, Roles
 from align.models.saving import save_checkpoint
 from align.models.source import Source
 from align.ppo.collection import Collector, Controls
+from align.ppo.encoding import encoded_prompts
 from align.ppo.objective import PpoLoss
-from align.ppo.prompts import RoundStream, encoded_prompts, rounds_of
+from align.ppo.prompts import RoundStream, rounds_of
 from align.ppo.proof import Proof, outside_scores, probe_texts
 from align.progress import Progress
 from align.recipe.ppo_settings import ModelReward, PpoSettings
@@ -43,7 +45,8 @@ from align.rollout.vllm import VllmEngine
 from align.stages.bench import Answers, Bench, judged, samples
 from align.stages.encoding import Desk
 from align.stages.stage import Inputs, Outcome
-from align.trainer import Task, autocast, train
+from align.steps import autocast
+from align.trainer import Task, train
 
 EXAMS = 5  # held-out measurements in a run, besides the one at its end
 GRAM = 3  # tokens
@@ -72,8 +75,9 @@ def run(settings: PpoSettings, inputs: Inputs, folder: Path, progress: Progress)
     controls = Controls(
         KlController(settings.kl_coefficient, settings.kl_target, settings.kl_horizon), RunningMoments()
     )
+    budget = Budget.of(settings, progress.note)
     collector = Collector(
-        settings, prompts, stage.engine(proof.exact), rewards, watched, controls, inputs.seed, progress
+        settings, prompts, stage.engine(proof.exact), rewards, watched, controls, budget, inputs.seed, progress
     )
     rounds = rounds_of(len(prompts), settings)
     stream = RoundStream(rounds, settings, inputs.seed)
@@ -91,14 +95,15 @@ def run(settings: PpoSettings, inputs: Inputs, folder: Path, progress: Progress)
         inputs.log_to,
         stream,
         stage.value_rates(roles),
+        budget,
     )
-    train(task, progress)
+    trained = train(task, progress)
     after, end = exams.sit(roles), stage.drift(roles, exams.bench)
     save_checkpoint(roles.policy, stage.desk.tokenizer, folder)
     return Outcome(
         kind="adapter" if settings.adapter or inputs.parent.is_adapter else "model",
         template_sha256=stage.desk.template_sha256,
-        metrics={**_compared(before, after, start, end, inputs.seed), **_told(objective)},
+        metrics={**_compared(before, after, start, end, inputs.seed), **_told(objective), **trained.as_metrics()},
         samples=exams.samples(before, after, objective.journal.exams),
         lengths=lengths,
     )

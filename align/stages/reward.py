@@ -47,7 +47,8 @@ def run(settings: RewardSettings, inputs: Inputs, folder: Path, progress: Progre
     before = pair_rewards(model, held_out, progress=progress)
     objective = RewardLoss(centering=settings.centering)
     measured = held_out[: inputs.evaluation.rows]
-    train(Task(model, objective, pairs, measured, settings, inputs.seed, inputs.work, inputs.log_to), progress)
+    task = Task(model, objective, pairs, measured, settings, inputs.seed, inputs.work, inputs.log_to)
+    trained = train(task, progress)
     after = pair_rewards(model, held_out, progress=progress)
     save_checkpoint(model, desk.tokenizer, folder)
     return Outcome(
@@ -57,6 +58,7 @@ def run(settings: RewardSettings, inputs: Inputs, folder: Path, progress: Progre
             **as_metrics(scored_numbers(before, held_out, seed=inputs.seed), "before."),
             **as_metrics(scored_numbers(after, held_out, seed=inputs.seed), "after."),
             **as_metrics(accuracy_change(before, after, seed=inputs.seed), "change."),
+            **trained.as_metrics(),
         },
         lengths=lengths,
     )

@@ -38,13 +38,13 @@ def run(settings: SftSettings | PretrainSettings, inputs: Inputs, folder: Path, 
     )
     before, known = bench.answers(model), answer_logps(model, held_out, progress=progress)
     task = Task(model, AnswerLoss(), rows, held_out, settings, inputs.seed, inputs.work, inputs.log_to)
-    train(task, progress)
+    trained = train(task, progress)
     after, learnt = bench.answers(model), answer_logps(model, held_out, progress=progress)
     save_checkpoint(model, desk.tokenizer, folder)
     return Outcome(
         kind="adapter" if settings.adapter or inputs.parent.is_adapter else "model",
         template_sha256=desk.template_sha256,
-        metrics={**_likelihood(known, learnt, inputs.seed), **judged(before, after)},
+        metrics={**_likelihood(known, learnt, inputs.seed), **judged(before, after), **trained.as_metrics()},
         samples=samples(before, after, inputs.evaluation.samples),
         lengths=lengths,
     )

@@ -1,0 +1,59 @@
+"""Which optimiser steps must not be taken: a number that is not finite, or a gradient far above what is usual."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from statistics import median
+from typing import Any
+
+from align.errors import StageFailed
+from align.recipe.settings import TrainingSettings
+
+WINDOW = 100  # good steps whose median says what is usual
+FEWEST = 20  # good steps before any is called unusual
+
+
+class StepWatch:
+    """Judges the steps of one run, and counts those that were left out."""
+
+    def __init__(self, settings: TrainingSettings) -> None:
+        self.settings = settings
+        self.skipped = 0
+        self._norms: dict[str, list[float]] = {}  # of the last good steps, by name
+
+    def fault(self, loss: float, norms: Mapping[str, float]) -> str:
+        """What is wrong with a step, in words; '' where it is good. norms: of its gradients before clipping, by name."""
+        for what, value in {"loss": loss, **norms}.items():
+            if not math.isfinite(value):
+                return f"the {what} is {value}"
+        for what, value in norms.items():
+            known, limit = self._norms.get(what, []), self.settings.exploding_norm
+            usual = median(known) if len(known) >= FEWEST else 0.0
+            if limit is not None and usual and value > limit * usual:
+                return f"the {what} is {value:.3g}, {value / usual:.3g} times what is usual"
+        return ""
+
+    def passed(self, norms: Mapping[str, float]) -> None:
+        """A good step: what it says of the usual."""
+        if self.settings.exploding_norm is not None:
+            for what, value in norms.items():
+                self._norms[what] = [*self._norms.get(what, []), value][-WINDOW:]
+
+    def skip(self, said: str) -> None:
+        """Counts a step that is left out. said: what is wrong with it. Raises StageFailed where there were too many."""
+        most = self.settings.most_skipped_steps
+        if self.skipped == most:
+            raise StageFailed(
+                f"{said}; {most} steps before it were skipped, and no more may be (most_skipped_steps)",
+                "Look at the rows, lower learning_rate, or use precision: float32.",
+            )
+        self.skipped += 1
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        return {"skipped": self.skipped, "norms": self._norms}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """The state that `state` gave."""
+        self.skipped, self._norms = state["skipped"], dict(state["norms"])
