@@ -1,7 +1,7 @@
 """One optimiser step up to its gradients, and the same without learning: the loss of rows, cut into micro-batches.
 
 A step is made of all its rows or not at all. What does not fit into memory is made again in smaller parts where the recipe
-says so (memory.py); a step that must not be taken (bad_steps.py) ends the run, is left out, or is made again in float32.
+says so (memory.py); a step that must not be taken (bad_steps.py) ends the run, is left out, or is made again without autocast to bfloat16.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Stepper:
         fault = self._fault(made, step, numbers)
         half = _dtype(self.model, precision) == torch.bfloat16
         if fault and self.settings.bad_steps == "retry" and half:
-            self.say(f"warning: {fault}; made once more in float32")
+            self.say(f"warning: {fault}; made once more without autocast to bfloat16")
             restart(rows, "float32")
             made = self._fitted(rows, "float32", restart)
             fault = self._fault(made, step, numbers)

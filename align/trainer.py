@@ -29,8 +29,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from align.bad_steps import StepWatch
-from align.errors import Interrupted
-from align.memory import Budget, lacks_memory, out_of_memory
+from align.errors import Interrupted, lacks_memory
+from align.memory import Budget, out_of_memory
 from align.models.folders import quiet
 from align.objective import Objective
 from align.parallel.sharing import Sharing, sharing_of
@@ -72,7 +72,8 @@ class Task:
 
 @dataclass(frozen=True)
 class Trained:
-    """How a training went. steps: those that were skipped count. batch_tokens: None where it stayed as the recipe says."""
+    """How a training went. steps: those that were skipped count. batch_tokens: with `fit: auto`, what went
+    through the model at once in the end."""
 
     steps: int
     skipped_steps: int
@@ -155,9 +156,8 @@ class _StepTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
     @property
     def trained(self) -> Trained:
         """How it went."""
-        tokens = self.budget.tokens
-        changed = tokens if tokens < self.task.settings.batch_tokens else None
-        return Trained(int(self.state.global_step), self.watch.skipped, changed)
+        fitted = self.budget.tokens if self.task.settings.fit == "auto" else None
+        return Trained(int(self.state.global_step), self.watch.skipped, fitted)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         return DataLoader(self.train_dataset, batch_sampler=self.stream, collate_fn=list)
@@ -214,7 +214,7 @@ class _StepTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
         moments: Any = self.sharing.optimizer_state(self.optimizer)
         if not self.sharing.leads:
             return
-        if self.saves.aside:
+        if self.saves.aside and not self.sharing.copies:
             kept, moments = copied(kept), copied(moments)
         with quiet():
             super()._save_checkpoint(model, trial)

@@ -79,15 +79,15 @@ TRL_AS_INSTALLED = Side(AS_INSTALLED, "trl", ("--own-precision", "--steps", "1")
 TRL_UNPACKED = Side(UNPACKED, "trl", ("--no-checkpointing",), tuned=True)
 TRL_PACKED = Side(BEST, "trl", ("--no-checkpointing", "--packed"), tuned=True, compared=False)
 SFT = {
-    "kind": "sft", "batch": 8, "warmup": 4, "steps": 4, "learning_rate": 1e-3, "beta": None, "adapter": False,
+    "kind": "sft", "batch": 8, "warmup": 8, "steps": 10, "learning_rate": 1e-3, "beta": None, "adapter": False,
     "quantize": None,
 }  # fmt: skip
-PAIRS = {**SFT, "learning_rate": 1e-4, "steps": 3}
+PAIRS = {**SFT, "learning_rate": 1e-4, "warmup": 6, "steps": 4}
 PAIR_TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
 
 
 def _adapter_row(key: str, title: str, quantize: str | None, minutes: float) -> Row:
-    work = {**SFT, "shape": "15m", "adapter": True, "quantize": quantize, "steps": 2, "learning_rate": 3e-3}
+    work = {**SFT, "shape": "15m", "adapter": True, "quantize": quantize, "steps": 6, "learning_rate": 3e-3}
     goals = (
         Goal(f"{title} over TRL without checkpointing", "speed", UNPACKED, 2.5, 4),
         Goal(f"{title} over TRL at its best (packed)", "speed", BEST, 2.5, 4),
@@ -114,7 +114,7 @@ ROWS = (
             Goal("SFT 135m over TRL at its best (packed)", "speed", BEST, 2.5, 4),
             Goal("SFT 135m, share of the matrix limit", "share", LIMIT, 0.3, 0.45),
         ),
-        6, {**SFT, "shape": "135m", "steps": 2},
+        6, {**SFT, "shape": "135m", "warmup": 4, "steps": 4},
         (TRAIN, TRL_PACKED, replace(TRL_UNPACKED, options=("--no-checkpointing", "--steps", "1"), once=True), MATRIX),
     ),
     _adapter_row("lora-15m", "LoRA 15m", None, 3),
@@ -138,7 +138,7 @@ ROWS = (
     Row(
         "overhead-15m", "stage against its bare loop, 15m", "train",
         (Goal("align.trainer.train over its own bare loop", "overhead", BARE, 0.1, 0.05),),
-        3, {**SFT, "shape": "15m", "steps": 11},
+        3, {**SFT, "shape": "15m", "steps": 20},
         (TRAIN, Side(BARE, "ours", ("bare",))),
     ),
     Row(

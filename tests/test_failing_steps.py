@@ -172,7 +172,7 @@ def test_steps_made_again_in_float32_are_those_of_a_float32_run(tiny_gpt2: Path,
     full = noisy(tiny_gpt2, tmp_path / "full", precision="float32")
     assert train(replace(half, objective=OnlyHalf()), heard) == train(full, Progress())
     assert torch.equal(weights(half.model), weights(full.model))
-    assert len([note for note in heard.notes if note.endswith("made once more in float32")]) == 5
+    assert len([note for note in heard.notes if note.endswith("made once more without autocast to bfloat16")]) == 5
 
 
 class RatedOnlyInFull(RatedLoss):

@@ -40,10 +40,13 @@ class Released(Exception):
 
 
 class Crew:
-    """size processes, of which this is number `rank`. strategy: each has the whole model (ddp), or a part of it (fsdp)."""
+    """size processes, of which this is number `rank`. strategy: each has the whole model (ddp), or a part of it (fsdp).
 
-    def __init__(self, rank: int, size: int, strategy: Strategy = "ddp") -> None:
-        self.rank, self.size, self.strategy = rank, size, strategy
+    here: of the processes, those on this machine.
+    """
+
+    def __init__(self, rank: int, size: int, strategy: Strategy = "ddp", here: int | None = None) -> None:
+        self.rank, self.size, self.strategy, self.here = rank, size, strategy, here or size
 
     @property
     def leads(self) -> bool:
@@ -131,7 +134,8 @@ def crew() -> Crew | None:
             )
         rank = int(os.environ["RANK"])
         _see_one_accelerator(int(os.environ.get("LOCAL_RANK") or rank))
-        _crew = Crew(rank, size, "fsdp" if _says_yes("ACCELERATE_USE_FSDP") else "ddp")
+        here = int(os.environ.get("LOCAL_WORLD_SIZE") or size)
+        _crew = Crew(rank, size, "fsdp" if _says_yes("ACCELERATE_USE_FSDP") else "ddp", here)
         for name in [name for name in os.environ if name in PLACES or name.startswith(OTHERS)]:
             del os.environ[name]
     return _crew

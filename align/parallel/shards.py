@@ -71,7 +71,9 @@ def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def _gathered(value: Any) -> Any:
-    return whole_tensor(value).cpu() if isinstance(value, DTensor) else value
+    if isinstance(value, DTensor):
+        return whole_tensor(value).cpu()
+    return value.clone() if isinstance(value, Tensor) else value  # a count of steps, which goes on
 
 
 def part_like(value: Any, weight: Tensor) -> Any:

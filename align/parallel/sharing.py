@@ -28,10 +28,12 @@ class Sharing:
     """One process alone. The others refine it.
 
     model: what trains. leads: whether this process, number `rank`, measures and writes. scale: what a loss is multiplied
-    by, since gradients may come back as a mean over processes.
+    by, since gradients may come back as a mean over processes. copies: whether `whole` and `optimizer_state` give what
+    later steps do not change.
     """
 
     leads = True
+    copies = False
     rank = 0
     scale = 1.0
 
@@ -134,6 +136,8 @@ class Replicas(Sharing):
 class Shards(Replicas):
     """Every process keeps a part of each weight, its gradient and its optimiser state (FSDP2); layers are gathered as they
     are needed, by all processes at once: so all have the same number of micro-batches, with empty ones at the end."""
+
+    copies = True
 
     def __init__(self, model: nn.Module, crew: Crew) -> None:
         super().__init__(model, crew)

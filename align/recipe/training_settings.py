@@ -103,7 +103,7 @@ class TrainingSettings(StageSettings):
     bad_steps: Literal["stop", "skip", "retry"] = Field(
         "stop",
         description="When loss or gradient of a step are not finite: stop; skip: leave weights and optimiser as they are; "
-        "retry: once more in float32, then stop.",
+        "retry: once more without autocast to bfloat16, then stop.",
     )
     most_skipped_steps: Count = Field(10, description="With bad_steps: skip, one more than these stops the run.")
     exploding_norm: Annotated[float, Field(gt=1)] | None = Field(

@@ -18,7 +18,7 @@ from align.progress import Progress
 from align.registry.hashing import sha256_json
 from align.rollout.scoring import AnswerLogps, answer_logps
 
-VERSION = 2  # raised whenever the same ingredients would give other numbers
+VERSION = 3  # raised whenever the same ingredients would give other numbers
 
 
 def reference_logps(
