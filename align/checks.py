@@ -13,6 +13,7 @@ from align.data.examples import Document, Example, Message, Preference
 from align.data.prepare import prepare
 from align.data.prepared import PreparedData
 from align.errors import AlignError
+from align.launch.job import check_launch
 from align.recipe.critique_settings import CritiqueSettings, EndpointCritic
 from align.recipe.graph import topological_order
 from align.recipe.outputs import outputs_in
@@ -51,6 +52,7 @@ def check_recipe(workshop: Workshop) -> list[DataCheck]:
     """Open and check all that the recipe names. Raises AlignError for the first thing that is wrong."""
     recipe = workshop.recipe
     check_loggers(recipe.log_to)
+    check_launch(workshop, list(recipe.stages))
     workshop.template()
     workshop.judge()
     names = dict.fromkeys(name for stage in topological_order(recipe) for name in workshop.data_names(stage))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from align.estimate.speed import critique_seconds, ppo_seconds, training_seconds
 from align.estimate.training import Learner, training_phases
 from align.estimate.weights import frozen_bytes
 from align.launch.job import SEVERAL, launch_of
+from align.parallel.crew import crew
 from align.recipe.critique_settings import CritiqueSettings, EndpointCritic
 from align.recipe.graph import adapter_stage, reward_references
 from align.recipe.ppo_settings import PpoSettings
@@ -38,9 +39,11 @@ from align.recipe.training_settings import AdapterSettings
 if TYPE_CHECKING:
     from align.models.source import Source
     from align.origins import Workshop
+    from align.registry.records import DataRecord
 
 BFLOAT16_MIN_WIDTH = 256  # as models.hardware decides for precision: auto, without importing torch
 SAMPLE_ROWS = 512
+PIECE_BYTES = 2**20  # of a file, that are read at once
 LONGEST_ROW = 2048  # tokens, as stages.encoding has it
 
 
@@ -183,12 +186,21 @@ class _Costing:
         return (self.rows(data, longest, cuts=True) if data else None) or _unknown(1, longest)
 
     def rows(self, data: str, longest: int, *, cuts: bool) -> Rows | None:
-        """What the rows of a data set are like; None while a stage is still to make them, and where they are bad."""
-        sample = _sample(self.workshop, data)
-        if sample is None:
+        """What the rows of a data set are like; None while a stage is still to make them, and where they are bad.
+
+        They are looked at once, though many predictions are made of them.
+        """
+        workshop, folder = self.workshop, self.start.folder
+        if workshop.unmade(data):
             return None
-        found = rows_like(sample.rows, sample.count, _counter(self.start.folder), longest=longest, cuts=cuts)
-        return replace(found, held_out=sample.held_out) if found else None
+        key = workshop.data_key(data)
+        record = workshop.registry.data_by_key(key)
+        asked = (key, record and record.id, folder, longest, cuts)
+        if asked not in workshop.rows_seen:
+            sample = _registered(workshop, record) if record else _first_of(workshop, data)
+            found = sample and rows_like(sample.rows, sample.count, _counter(folder), longest=longest, cuts=cuts)
+            workshop.rows_seen[asked] = replace(found, held_out=sample.held_out) if sample and found else None
+        return workshop.rows_seen[asked]
 
     def _scorer(self, reference: str, half: bool) -> Scorer | None:
         """A reward model of the stage; None: its shape is not known. An adapter on the policy's base costs itself alone."""
@@ -209,27 +221,28 @@ class _Costing:
 class _Sample:
     """Some canonical rows of a data set, how many training rows it has, and how many held-out ones."""
 
-    rows: list[Mapping[str, Any]]
+    rows: Sequence[Mapping[str, Any]]
     count: int
     held_out: int
 
 
-def _sample(workshop: Workshop, data: str) -> _Sample | None:
-    """From what is registered, else from the first rows of its files."""
-    if workshop.unmade(data):
-        return None
-    record = workshop.registry.data_by_key(workshop.data_key(data))
-    if record is not None:
-        with (record.path / "train.jsonl").open(encoding="utf-8") as lines:
-            rows = [json.loads(line) for line in islice(lines, SAMPLE_ROWS)]
-        return _Sample(rows, int(record.info.get("train_rows", 0)), int(record.info.get("test_rows", 0)))
+def _registered(workshop: Workshop, record: DataRecord) -> _Sample:
+    """From what is registered. Raises AlignError where that is not as it was."""
+    workshop.registry.check_unchanged(record)
+    with (record.path / "train.jsonl").open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in islice(lines, SAMPLE_ROWS)]
+    return _Sample(rows, int(record.info.get("train_rows", 0)), int(record.info.get("test_rows", 0)))
+
+
+def _first_of(workshop: Workshop, data: str) -> _Sample | None:
+    """From the first rows of its files; None where they are bad."""
     sources = {name: _first_rows(settings) for name, settings in workshop.sources().items()}
     try:
         prepared = prepare(data, sources, folder=workshop.folder, seed=workshop.recipe.seed)
     except AlignError:  # what is wrong with the rows is said by those who read all of them
         return None
     rows = [example.row() for example in islice(prepared.train, SAMPLE_ROWS)]
-    count = sum(_row_count(workshop, part, rows) for part in _files_of(workshop, data))
+    count = max(len(rows), sum(_row_count(workshop, part, rows) for part in _files_of(workshop, data)))
     share = workshop.sources()[data].test_fraction
     return _Sample(rows, round(count * (1 - share)), round(count * share))
 
@@ -254,12 +267,13 @@ def _files_of(workshop: Workshop, data: str) -> Iterator[DataSettings]:
 
 
 def _row_count(workshop: Workshop, settings: DataSettings, sample: list[dict[str, Any]]) -> int:
-    """Rows of a file: its lines, or its size by that of the rows that were looked at."""
+    """Rows of a file: its lines, or its size by that of the rows that were looked at (too few where it is packed)."""
     file = workshop.folder / (settings.path or "")
     if not file.is_file():
         return len(sample)
     if file.suffix == ".jsonl":
-        count = file.read_bytes().count(b"\n")
+        with file.open("rb") as opened:
+            count = sum(piece.count(b"\n") for piece in iter(partial(opened.read, PIECE_BYTES), b""))
     else:
         count = round(file.stat().st_size * len(sample) / max(1, sum(len(json.dumps(row)) for row in sample)))
     return min(count, settings.limit or count)
@@ -272,7 +286,10 @@ def _unknown(rows: int, longest: int) -> Rows:
 
 def _place(workshop: Workshop, settings: Stage) -> Place:
     launch = launch_of(workshop)
-    return this_place(launch.processes, launch.strategy) if settings.kind in SEVERAL else this_place()
+    if settings.kind not in SEVERAL:
+        return this_place()
+    ours = crew()
+    return this_place(launch.processes, launch.strategy, ours.here if ours else None)
 
 
 def _config(folder: Path) -> dict[str, Any]:

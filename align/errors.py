@@ -78,6 +78,22 @@ def of_the_file_system(error: OSError) -> AlignError | None:
     return None
 
 
+NO_MEMORY = (  # as torch says it
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "not enough memory",
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error says that there was too little memory, on whatever device. torch's own is known by its name."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+
+
 MOST_NAMED = 30  # known words that one sentence lists: more than the keys of any stage but ppo
 FEW_NAMED = 5
 

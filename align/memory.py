@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from align.batches import micro_batches
-from align.errors import StageFailed
+from align.errors import StageFailed, lacks_memory
 from align.models.logps import is_padded
 from align.recipe.settings import TrainingSettings
 
@@ -26,16 +26,8 @@ Cut = Callable[
     [Sequence[int]], list[list[int]]
 ]  # lengths of rows -> indices of those that go through the model together
 
-SAID = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")  # by torch
 ASKED = re.compile(r"allocate ([\d.]+) ?(bytes|[KMGTPE]iB)")
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
-
-
-def lacks_memory(error: BaseException) -> bool:
-    """Whether an error says that there was too little memory, on whatever device."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in SAID)
 
 
 def out_of_memory(error: BaseException, where: str, hint: str) -> StageFailed:

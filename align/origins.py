@@ -33,6 +33,7 @@ from align.registry.records import CheckpointRecord, DataRecord, StageData
 
 if TYPE_CHECKING:
     from align.constitution import Constitution
+    from align.estimate.rows import Rows
     from align.judge import Judge
     from align.registry.store import Registry
 
@@ -67,12 +68,13 @@ class Workshop:
 
     written: the recipe as the user wrote it; `recipe` is the same with its loops written out.
     Data, template, judges and reward functions are read once: an edit while stages run is for the next run, and no key or
-    record can name other content than what was trained on.
+    record can name other content than what was trained on. rows_seen: what predictions found rows to be like; see costs.py.
     """
 
     written: Recipe
     folder: Path
     registry: Registry
+    rows_seen: dict[Any, Rows | None] = field(default_factory=dict, repr=False, compare=False)
     _made_data: dict[str, DataRecord] = field(default_factory=dict, repr=False, compare=False)
     _data_keys: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
     _data: dict[str, tuple[DataRecord, PreparedData]] = field(default_factory=dict, repr=False, compare=False)

@@ -28,7 +28,7 @@ Action = Literal["run", "reuse", "resume", "skip"]
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """One line of a plan. `made` is what is reused; peak memory and time are None where unknown.
+    """One line of a plan. `made` is what is reused; peak memory and time are None where unknown, 0 of what does not run.
 
     A round of a loop is skipped when the one before it no longer lowered the violation rate.
     """
@@ -77,17 +77,19 @@ def _planned(workshop: Workshop, name: str, products: Products, forced: bool) ->
         return _chosen_round(workshop, name, stage, products)
     if why := too_late(workshop.recipe, name, products):
         return PlannedStage(name, stage.kind, "skip", why, None, NOTHING)
-    cost = estimate(workshop, name)
     weights, waiting = workshop.weights(name, products.checkpoints), workshop.waits_for(name)
     if weights is None or waiting:
-        return PlannedStage(name, stage.kind, "run", _why_later(workshop, name, products, waiting), None, cost)
+        return PlannedStage(
+            name, stage.kind, "run", _why_later(workshop, name, products, waiting), None, estimate(workshop, name)
+        )
     key = workshop.key(name, weights)
     found = made_before(workshop, stage, key)
     if found is not None and not forced:
         for record in found.outputs.values() if isinstance(found, StageData) else [found]:
             workshop.registry.check_unchanged(record)
         why = f"made on {found.created[:16]}, nothing changed"
-        return PlannedStage(name, stage.kind, "reuse", why, key, cost, found)
+        return PlannedStage(name, stage.kind, "reuse", why, key, NOTHING, found)
+    cost = estimate(workshop, name)
     if workshop.registry.resumable(key) is not None and not forced:
         return PlannedStage(name, stage.kind, "resume", "was stopped; goes on from its last saved state", key, cost)
     why = "forced" if forced else _why_new(workshop, name, weights)

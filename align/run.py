@@ -110,9 +110,7 @@ def run_recipe(
     for run_id in workshop.registry.recover():
         progress.note(f"run {run_id} had finished when it was killed; its result is registered now")
     checked_plan(workshop, stages, force)
-    workshop.registry.make()  # only now: what is refused leaves no trace
-    for data in _given_data(workshop, order):
-        workshop.data(data)
+    register_data(workshop, order)
     products = Products(workshop)
     done = []
     for name in order:
@@ -149,6 +147,14 @@ def _check(workshop: Workshop, order: Sequence[str], planned: Sequence[PlannedSt
         check_ppo(workshop, name, prepared)
         check_critique(workshop, name, prepared)
         check_parts(workshop, name)
+
+
+def register_data(workshop: Workshop, order: Sequence[str]) -> None:
+    """Makes the registry, where it is missing, and puts the data that is read into it. After all checks: what is refused
+    leaves no trace."""
+    workshop.registry.make()
+    for data in _given_data(workshop, order):
+        workshop.data(data)
 
 
 def _given_data(workshop: Workshop, order: Sequence[str]) -> list[str]:

@@ -94,6 +94,9 @@ CASES: list[tuple[str, dict[str, Any], Any]] = [
     ("preferences", {"chosen": TURNS, "rejected": TURNS}, Preference((USER,), (ANSWER,), (ANSWER,))),
     ("rated", {"prompt": "Who?", "completion": "Me.", "label": False}, Rated((USER,), (ANSWER,), False)),
     ("rated", {"prompt": "Who?", "completion": [*TURNS], "label": 1}, Rated((USER,), (ANSWER,), True)),
+    ("rated", {"prompt": "Who?", "completion": "Me.", "label": 1.0}, Rated((USER,), (ANSWER,), True)),
+    ("rated", {"prompt": "Who?", "completion": "Me.", "label": 0.0}, Rated((USER,), (ANSWER,), False)),
+    ("rated", {"prompt": "Who?", "completion": "Me.", "label": "0.0"}, Rated((USER,), (ANSWER,), False)),  # CSV
     ("hh", {"chosen": HH + "Me.", "rejected": HH + "You."}, Preference((USER,), (ANSWER,), (OTHER,))),
     ("hh", {"text": HH + "Me."}, Conversation((USER, ANSWER))),
     ("prompts", {"prompt": "Who?", "label": "safe", "id": "1"}, Prompt((USER,))),
@@ -163,6 +166,8 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("preferences", {"prompt": "a", "chosen": "b", "rejected": "c", "margin": float("inf")}, "'margin' must be a"),
     ("preferences", {"prompt": "a", "chosen": "b", "rejected": "c", "probability": 0}, "must be above 0"),
     ("rated", {"prompt": "a", "completion": "b", "label": "good"}, "'label' must be true or false, not 'good'"),
+    ("rated", {"prompt": "a", "completion": "b", "label": 0.5}, "'label' must be true or false, not 0.5"),
+    ("rated", {"prompt": "a", "completion": "b", "label": float("nan")}, "'label' must be true or false, not nan"),
     ("rated", {"prompt": "a", "completion": "b"}, "no 'label'"),
     ("hh", {"chosen": HH + "a", "rejected": "Bot: no"}, "do not begin with the same prompt"),
     ("hh", {"chosen": HH, "rejected": HH + "a"}, "'chosen': turn 2 (Assistant) is empty"),

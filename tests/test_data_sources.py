@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import socket
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,26 @@ def test_a_line_beyond_the_limit_is_refused_without_being_held_and_the_next_one_
     assert [type(row) for row in rows] == [Row, Problem, Row, Problem]
     assert "longer than 1 MiB" in str(rows[1])
     assert f"offset {2 * len(GOOD) + 2 + len(giant) + 10} " in str(rows[3])
+
+
+def test_an_array_takes_memory_for_what_it_holds_and_not_for_the_limit(tmp_path: Path) -> None:
+    """A limit on memory, such as `ulimit -v`, refuses what is asked for, used or not."""
+    text = "x" * text_files.PIECE_BYTES
+    tracemalloc.start()
+    (row,) = rows_of(tmp_path, "a.json", json.dumps([{"text": text}]).encode())
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert isinstance(row, Row)
+    assert row.fields == {"text": text}
+    assert most < 20 * text_files.PIECE_BYTES
+
+
+def test_an_array_beyond_the_limit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    array = b"[" + GOOD + b"]"
+    monkeypatch.setattr(text_files, "MAX_ARRAY_BYTES", len(array))
+    assert len(rows_of(tmp_path, "a.json", array)) == 1
+    with pytest.raises(AlignError, match="would have to be held in memory"):
+        rows_of(tmp_path, "a.json", array + b" ")
 
 
 @pytest.mark.parametrize("data", [b"", b"\n \n", b"\xef\xbb\xbf", b"[]", b" [ ] "])

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from align.estimate.activations import Arithmetic, block_bytes, kept_logits, trunk_bytes
+from align.estimate.activations import Arithmetic, block_bytes, trunk_bytes
 from align.estimate.asking import writing_bytes
+from align.estimate.logits import BLOCK, LOGITS_AT_ONCE, LOGITS_KEPT_BYTES, Head
 from align.estimate.place import LIBRARIES_BYTES, Place
 from align.estimate.rows import Rows, counter, rows_like
 from align.estimate.shape import Shape
 from align.estimate.speed import training_seconds
 from align.estimate.training import Learner, training_phases
 from align.estimate.weights import frozen_bytes
-from align.recipe.settings import AdapterSettings, DpoSettings, EvaluationSettings, SftSettings
+from align.recipe.settings import AdapterSettings, DpoSettings, EvaluationSettings, KtoLoss, SftSettings
 
 LLAMA_8B = {
     "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -124,9 +125,81 @@ def test_what_is_counted_is_what_autograd_keeps(
     assert trunk_bytes(shape, how, tokens, checkpointing=False) == pytest.approx(bytes_kept, rel=0.15)
 
 
-def test_logits_that_would_take_too_much_are_not_kept() -> None:
-    assert kept_logits(SMALL, 1000) == 4 * 1000 * 100
-    assert kept_logits(SMALL, 400_000) == 0
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("beyond", [False, True])
+def test_the_logits_that_are_counted_are_those_that_autograd_keeps(
+    tiny_llama: Path, trains: bool, half: bool, beyond: bool
+) -> None:
+    """Of a plain head that trains or is frozen, in both arithmetics, at either side of the bound above which they are computed
+    again."""
+    import torch
+
+    from align.models.head import target_logps
+    from align.models.loading import load_policy
+    from align.models.source import source_of
+
+    model = load_policy(source_of(tiny_llama), trainable=True)
+    matrix = model.get_output_embeddings().weight.requires_grad_(trains)
+    most = LOGITS_KEPT_BYTES // ((2 if half else 4) * len(matrix))
+    hidden = torch.zeros(most + 1 if beyond else most // 8, matrix.shape[1], requires_grad=True)
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if len(matrix) in tensor.shape and tensor.shape[0] != len(matrix):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=half),
+    ):
+        target_logps(model, hidden, torch.zeros(len(hidden), dtype=torch.long))
+    assert sum(kept.values()) == Head(len(matrix), half, trains).kept(len(hidden))
+    assert bool(kept) == (trains and not beyond)
+
+
+def test_logits_that_autograd_turns_into_log_probabilities_are_counted_as_those_that_it_keeps(tiny_llama: Path) -> None:
+    """For the gradient of an entropy, and under heads that are more than one matrix."""
+    import torch
+
+    from align.models.head import target_logps
+    from align.models.loading import load_policy
+    from align.models.source import source_of
+
+    model = load_policy(source_of(tiny_llama), trainable=True)
+    vocabulary, hidden = len(model.get_output_embeddings().weight), torch.zeros(100, 64, requires_grad=True)
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape == (100, vocabulary):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        target_logps(model, hidden, torch.zeros(100, dtype=torch.long), entropy=True)
+    head = Head(vocabulary, half=False, plain=False)
+    assert head.kept(100) <= sum(kept.values()) <= head.kept(100) + head.working(100)
+
+
+def test_a_chunk_of_logits_is_as_large_as_the_head_makes_it() -> None:
+    from align.models import head, plain_head
+
+    assert (LOGITS_AT_ONCE, LOGITS_KEPT_BYTES) == (head.LOGITS_AT_ONCE, head.LOGITS_KEPT_BYTES)
+    assert plain_head.BLOCK == BLOCK
+    frozen, trained, mixed = Head(1000, False), Head(1000, True, trains=True), Head(1000, True, plain=False)
+    assert (frozen.working(100), frozen.working(2**20)) == (4 * 100 * 1000, 4 * LOGITS_AT_ONCE)
+    assert (trained.working(100), trained.idle(100)) == (4 * 100 * 1000, 0)  # in float32, a block at a time
+    assert trained.idle(2**20) == trained.working(2**20) == LOGITS_KEPT_BYTES + 4 * BLOCK
+    assert mixed.idle(2**20) == 5 * 4 * LOGITS_AT_ONCE
+
+
+def test_a_head_that_caps_or_scales_its_logits_is_not_plain() -> None:
+    plain = {name: Shape.of(LLAMA_8B | change).plain_head for name, change in {  # type: ignore[union-attr]
+        "llama": {}, "gemma": {"final_logit_softcapping": 30.0}, "granite": {"logits_scaling": 8.0},
+        "cohere": {"logit_scale": 0.0625},
+    }.items()}  # fmt: skip
+    assert plain == {"llama": True, "gemma": False, "granite": False, "cohere": False}
 
 
 def test_a_cache_is_as_large_as_the_rows_that_decode_together() -> None:
@@ -166,11 +239,46 @@ def test_the_prompt_of_a_pair_counts_twice_and_is_computed_once() -> None:
 
 
 def test_rows_that_are_too_long_are_left_out_or_cut() -> None:
-    texts = [{"text": "w " * 9}, {"text": "w " * 99}]
-    dropped, cut = (rows_like(texts, None, words, longest=50, cuts=cuts) for cuts in (False, True))
+    turns = [[{"role": "user", "content": "w w"}, {"role": "assistant", "content": "w " * n}] for n in (2, 92)]
+    chats = [{"messages": messages} for messages in turns]  # 10 and 100 tokens with the marks of two turns
+    dropped, cut = (rows_like(chats, None, words, longest=50, cuts=cuts) for cuts in (False, True))
     assert dropped is not None
     assert cut is not None
     assert (dropped.count, dropped.longest, cut.count, cut.longest) == (1, 10, 2, 50)
+
+
+@pytest.mark.parametrize("cuts", [False, True])
+def test_longer_texts_are_rows_in_the_chunks_that_the_encoder_makes(tiny_tokenizer, cuts: bool) -> None:
+    """Whatever happens to rows that are too long. A chunk begins with the last token of the one before."""
+    from align.chat.encoder import Encoder
+    from align.data.examples import Document
+
+    encoder = Encoder(tiny_tokenizer, max_length=50)
+    count = lambda text: len(tiny_tokenizer(text, add_special_tokens=False).input_ids) + 1  # noqa: E731  # BOS and EOS
+    texts = ["The heron came to the pier. " * n for n in (1, 5, 20)]
+    chunks = [len(row.ids) for text in texts for row in encoder.documents(Document(text))]
+    rows = rows_like([{"text": text} for text in texts], 300, count, longest=50, cuts=cuts)
+    assert rows is not None
+    assert rows.count == 100 * len(chunks) > 900
+    assert (rows.mean, rows.longest, rows.computed) == (pytest.approx(sum(chunks) / len(chunks)), 50, 1)
+
+
+def test_kto_takes_pairs_apart_and_rated_replies_as_they_are() -> None:
+    turn = lambda role, text: [{"role": role, "content": text}]  # noqa: E731
+    rated = {"prompt": turn("user", "w " * 17), "completion": turn("assistant", "w " * 37), "label": True}
+    kto = DpoSettings.model_validate({"kind": "dpo", "data": "x", "loss": {"kind": "kto"}, "batch_tokens": 1024})
+    assert isinstance(kto.loss, KtoLoss)
+    replies = rows_like([rated], 100, words, longest=100, cuts=False)
+    pairs = rows_like([pair(20, 40, 40)], 50, words, longest=100, cuts=False)
+    assert replies is not None
+    assert pairs is not None
+    assert (replies.sides, replies.halved()) == (1, replies)
+    assert (pairs.sides, pairs.halved().sides) == (2, 1)
+    apart, whole = (
+        training_phases(kto, SMALL, rows, EvaluationSettings(), ALONE, half=False)["learning"]
+        for rows in (pairs, replies)
+    )
+    assert apart == pytest.approx(whole, rel=0.001)
 
 
 def test_the_largest_of_many_steps_is_larger_than_their_mean() -> None:
@@ -183,6 +291,27 @@ def test_tokens_are_counted_by_the_models_own_tokenizer(tiny_llama: Path, tiny_t
     text = "The heron came to the pier"
     assert counter(tiny_llama)(text) == len(tiny_tokenizer(text, add_special_tokens=False).input_ids)
     assert counter(tmp_path)(text) == 7  # 26 bytes, four to a token
+
+
+def test_a_tokenizer_that_cannot_be_read_takes_down_no_prediction(tmp_path: Path) -> None:
+    """Whoever loads it says what is wrong."""
+    for damaged in ("{", '{"version": "9.0"}', '{"version": "1.0", "model": {"type": "NewPieces"}}'):
+        (tmp_path / "tokenizer.json").write_text(damaged)
+        assert counter(tmp_path)("The heron came to the pier") == 7
+
+
+def test_a_tokenizer_that_was_saved_with_truncation_and_padding_counts_all_tokens(
+    tiny_tokenizer, tmp_path: Path
+) -> None:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(tiny_tokenizer.backend_tokenizer.to_str())
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=64)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    text = "The heron came to the pier"
+    assert counter(tmp_path)(text) == len(tiny_tokenizer(text, add_special_tokens=False).input_ids)
+    assert counter(tmp_path)("w") == 1
 
 
 # Phases --------------------------------------------------------------------------------------------------------------

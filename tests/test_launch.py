@@ -17,13 +17,18 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
+import align.origins
 from align.cli.run import run_command
 from align.errors import AlignError, Interrupted, StageFailed
 from align.launch import processes
 from align.launch.processes import Request, Told, run_apart
+from align.origins import Workshop
 from align.parallel.crew import crew
 from align.plan import plan
+from align.progress import Progress
+from align.registry import Registry
 from align.registry.records import CheckpointRecord
+from align.run import run_recipe
 from align.state import complete_states
 from tests.crew_kit import on_two
 from tests.test_run import Bench, SignalAt, bench_in
@@ -145,7 +150,7 @@ def test_a_loss_that_is_not_finite_stops_both(tiny_llama: Path, tmp_path: Path) 
 
 
 def test_a_bad_recipe_is_refused_before_anything_is_launched(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Path, tmp_path: Path, align_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench = bench_in(tmp_path, tiny_llama)
     monkeypatch.setattr("align.launch.processes.run_apart", lambda *_: pytest.fail("processes were started"))
@@ -159,6 +164,40 @@ def test_a_bad_recipe_is_refused_before_anything_is_launched(
         assert isinstance(error, AlignError)
         assert error.exit_code == 2
         assert message in error.message
+        assert not align_home.exists()
+
+
+def test_the_data_is_prepared_once_before_the_processes_start(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, prepared = bench_in(tmp_path, tiny_llama), []
+    prepare = align.origins.prepare
+    monkeypatch.setattr("align.origins.prepare", lambda name, *a, **k: prepared.append(name) or prepare(name, *a, **k))
+
+    def as_the_first_process(request: Request, processes: int) -> Any:
+        assert (prepared, processes) == (["talk"], 2)
+        workshop = Workshop(request.written, request.folder, Registry.open(request.home))
+        assert workshop.registry.data("harbour/talk").key == workshop.data_key("talk")
+        return run_recipe(workshop, Progress(), request.stages, request.force)
+
+    monkeypatch.setattr("align.launch.processes.run_apart", as_the_first_process)
+    options = ["--processes", "2", "--stage", "sft", "--json", "--set", "stages.sft.max_steps=1"]
+    result = CliRunner().invoke(run_command, [str(bench.recipe), *options])
+    assert result.exception is None, result.exception
+    assert [entry["action"] for entry in json.loads(result.stdout)] == ["run"]
+    assert prepared == ["talk"]
+
+
+def test_more_processes_than_gpus_are_refused_without_a_trace(
+    tiny_llama: Path, tmp_path: Path, align_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = bench_in(tmp_path, tiny_llama)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("align.launch.processes.run_apart", lambda *_: pytest.fail("processes were started"))
+    error = CliRunner().invoke(run_command, [str(bench.recipe), "--processes", "2", "--stage", "sft"]).exception
+    assert isinstance(error, AlignError)
+    assert "2 processes asked for, and there are 1 GPUs" in error.message
+    assert not align_home.exists()
 
 
 def test_nothing_is_launched_where_nothing_trains(alone: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

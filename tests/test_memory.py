@@ -15,9 +15,9 @@ from torch import nn
 import align.ppo.collection
 import align.ppo.objective
 import align.stages.objectives
-from align.errors import AlignError, Interrupted, StageFailed
+from align.errors import AlignError, Interrupted, StageFailed, lacks_memory
 from align.launch.job import check_launch
-from align.memory import Budget, in_units, lacks_memory
+from align.memory import Budget, in_units
 from align.progress import Progress
 from align.recipe.settings import KtoLoss
 from align.stages.objectives import AnswerLoss, RatedLoss, RatedRow

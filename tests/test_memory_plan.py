@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -14,6 +16,7 @@ from click.testing import CliRunner
 from align import costs
 from align.costs import Estimate
 from align.errors import AlignError
+from align.estimate import place
 from align.estimate.place import Place, gpu_memory, this_place
 from align.fitting import begun_with, fitting_batch_tokens, largest_budget
 
@@ -147,11 +150,127 @@ def test_a_sample_before_the_run_predicts_what_the_registered_rows_do(recipe: Pa
     assert costs.estimate(fresh, "sft").peak_memory_bytes == pytest.approx(before, rel=0.01)
 
 
+def test_registered_rows_that_were_changed_are_refused_with_a_reason(recipe: Path) -> None:
+    changed = workshop(recipe)
+    changed.registry.make()
+    file = changed.data("chats")[0].path / "train.jsonl"
+    file.chmod(0o644)
+    file.write_text(file.read_text()[:-20])
+    with pytest.raises(AlignError, match="changed behind the registry's back"):
+        costs.estimate(workshop(recipe), "sft")
+
+
+def test_rows_are_looked_at_once_for_all_predictions_and_anew_when_they_are_registered(
+    recipe: Path, room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[int] = []
+    real = costs.rows_like
+    monkeypatch.setattr(costs, "rows_like", lambda *given, **more: looks.append(1) or real(*given, **more))
+    room(100 * MIB)
+    asking = workshop(recipe)
+    assert fitting_batch_tokens(asking, "sft") is None
+    costs.estimate(asking, "sft")
+    assert len(looks) == 1
+    asking.registry.make()
+    asking.data("chats")
+    costs.estimate(asking, "sft")
+    costs.estimate(asking, "sft")
+    assert len(looks) == 2
+
+
+def test_the_lines_of_a_file_are_counted_piece_by_piece(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them, though no more than a piece is read at once."""
+    monkeypatch.setattr(costs, "SAMPLE_ROWS", 8)
+    whole = workshop(recipe)
+    expected = costs._first_of(whole, "chats")
+    monkeypatch.setattr(costs, "PIECE_BYTES", 7)
+    monkeypatch.delattr(Path, "read_bytes")
+    found = costs._first_of(whole, "chats")
+    assert found is not None
+    assert (found.count + found.held_out, len(found.rows), found) == (60, 8, expected)
+
+
+def test_a_packed_file_has_at_least_the_rows_that_were_read(recipe: Path) -> None:
+    folder = recipe.parent
+    with gzip.open(folder / "chats.jsonl.gz", "wb") as packed:
+        packed.write((folder / "chats.jsonl").read_bytes())
+    sample = costs._first_of(workshop(recipe, "data.chats=chats.jsonl.gz"), "chats")
+    assert sample is not None
+    assert sample.count + sample.held_out == 60
+
+
 def test_processes_share_the_memory_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are on it: of a run over two machines, half."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    alone, four = this_place(), this_place(4, "ddp")
+    alone, four, apart = this_place(), this_place(4, "ddp"), this_place(4, "ddp", 2)
     assert alone.memory_bytes is not None
     assert four.memory_bytes == alone.memory_bytes // 4
+    assert (apart.memory_bytes, apart.processes) == (alone.memory_bytes // 2, 4)
+
+
+def test_what_started_the_processes_says_how_many_are_here(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from align.parallel import crew
+
+    seen: list[tuple] = []
+    monkeypatch.setattr(crew, "_crew", None)
+    monkeypatch.setattr(costs, "this_place", lambda *given: seen.append(given) or Place(False, True, None))
+    places = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "CUDA_VISIBLE_DEVICES": ""}
+    for name, value in places.items():
+        monkeypatch.setenv(name, value)
+    costs.estimate(workshop(recipe), "sft")
+    assert seen == [(8, "ddp", 4)]
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [(None, (True, 10)), ("1", (True, 30)), ("2,1", (True, 20)), ("GPU-8f2", (True, None)), ("7", (False, None)),
+     ("", (False, None)), ("-1", (False, None))],
+)  # fmt: skip
+def test_only_gpus_that_torch_will_see_count(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, expected: tuple[bool, int | None]
+) -> None:
+    """A number is one of the driver's list; a name may be that of a part of a GPU, whose memory is not known."""
+    monkeypatch.setattr(place, "_built_for", lambda: "cuda")
+    monkeypatch.setattr(place, "gpu_memory", lambda: (10, 30, 20))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = this_place()
+    assert (found.gpu, found.memory_bytes if found.gpu else None) == expected
+
+
+def test_a_gpu_whose_driver_cannot_be_asked_is_one_of_unknown_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(place, "gpu_memory", lambda: ())
+    monkeypatch.setattr(place, "DRIVERS", {"cuda": tmp_path / "nvidiactl", "hip": tmp_path / "kfd"})
+    (tmp_path / "kfd").touch()
+    for built, there in (("hip", True), ("cuda", False), (None, False)):
+        monkeypatch.setattr(place, "_built_for", lambda built=built: built)
+        found = this_place()
+        assert found.gpu == there
+        assert (found.memory_bytes is None) == there
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [("cuda: Optional[str] = None\nhip: Optional[str] = None\n", None), ("cuda: Optional[str] = '13.0'\nhip = None\n", "cuda"),
+     ("cuda = None\nhip: Optional[str] = '7.1.2'\n", "hip"), ("cuda = '12.8'\n", "cuda")],
+)  # fmt: skip
+def test_what_torch_was_built_for_is_read_off_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, expected: str | None
+) -> None:
+    """A version without "+cpu" may be one for processors alone."""
+    (tmp_path / "version.py").write_text(f"__version__ = '2.13.0'\n{said}")
+    monkeypatch.setattr(place, "find_spec", lambda _: SimpleNamespace(origin=str(tmp_path / "__init__.py")))
+    assert place._built_for() == expected
+
+
+def test_the_torch_that_is_installed_is_known_for_what_it_is() -> None:
+    import torch
+
+    assert place._built_for() == ("cuda" if torch.version.cuda else "hip" if torch.version.hip else None)
 
 
 def test_the_memory_of_gpus_is_asked_of_their_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,3 +310,13 @@ def test_a_run_trains_with_the_budget_that_fits(recipe: Path, room, monkeypatch:
     result = align("run", str(recipe), "--set", "stages.sft.fit=auto", "--json")
     assert result.exit_code == 0, result.exception
     assert 64 <= seen[0] < 1024
+    room(100 * MIB)  # what is there costs nothing, so nobody is warned
+    again = align("plan", str(recipe), "--set", "stages.sft.fit=auto")
+    assert ("reuse" in again.stdout, again.stderr) == (True, "")
+
+
+def test_a_check_finds_what_a_run_with_several_processes_would_refuse(recipe: Path) -> None:
+    found = align("check", str(recipe), "--set", "stages.sft.fit=auto", "--set", "launch.processes=2")
+    assert isinstance(found.exception, AlignError)
+    assert "fit: auto is for one process" in found.exception.message
+    assert align("check", str(recipe), "--set", "stages.sft.fit=auto").exit_code == 0

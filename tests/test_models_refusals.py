@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from align.errors import AlignError
+from align.errors import AlignError, StageFailed
 from align.models.folders import model_config
 from align.models.loading import load_policy, trainable_parameters
 from align.models.source import source_of
@@ -90,6 +90,29 @@ def test_an_adapter_on_an_adapter_or_on_another_quantization_is_refused(saved_ad
         load_policy(source_of(saved_adapter), trainable=True, **WAYS["lora"])
     with pytest.raises(AlignError, match="asked for on one in nf4"):
         load_policy(source_of(saved_adapter), quantize="nf4")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to ..."
+        ),
+        RuntimeError("unable to mmap 514602288 bytes from file <model.safetensors>: Cannot allocate memory (12)"),
+        torch.OutOfMemoryError("Tried to allocate 20.00 GiB"),
+        MemoryError("Cannot allocate memory (os error 12)"),
+    ],
+)
+def test_memory_that_is_short_while_a_model_is_opened_is_no_fault_of_its_folder(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def no_memory(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", no_memory)
+    with pytest.raises(StageFailed, match=f"out of memory while {tiny_llama} was opened") as failure:
+        load_policy(source_of(tiny_llama))
+    assert failure.value.__cause__ is error
 
 
 def test_training_from_scratch_needs_only_a_config_and_a_tokenizer(tiny_llama: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,49 @@ def test_looking_at_a_registry_that_does_not_exist_makes_none(align_home: Path) 
     registry = Registry.open(create=False)
     assert (registry.all_checkpoints(), registry.all_runs(), registry.all_data()) == ([], [], [])
     assert not align_home.exists()
+
+
+def asked(registry: Registry) -> list[object]:
+    """What a first run asks before it makes the registry."""
+    return [
+        registry.recover(), registry.data_by_key("k"), registry.checkpoint_by_key("k"), registry.resumable("k"),
+        registry.knows("harbour/sft"), registry.all_checkpoints(), registry.all_runs(), registry.all_data(),
+    ]  # fmt: skip
+
+
+NOTHING = [[], None, None, None, False, [], [], []]
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+@pytest.mark.parametrize("mode", ["WAL", None])
+def test_a_registry_whose_making_was_killed_has_nothing_and_is_made(
+    align_home: Path, monkeypatch: pytest.MonkeyPatch, mode: str | None, read_only: bool
+) -> None:
+    """The file is there, empty or with WAL mode switched on, and none of the tables."""
+    align_home.mkdir()
+    file = align_home / "registry.db"
+    file.touch()
+    if mode:
+        with closing(sqlite3.connect(file)) as connection:
+            connection.execute(f"PRAGMA journal_mode={mode}")
+        assert file.stat().st_size == 4096
+    if read_only:
+        select = SqliteDatabase._select
+        monkeypatch.setattr(
+            SqliteDatabase, "_select", lambda self, sql, values, _: select(self, sql, values, "mode=ro")
+        )
+    registry = Registry.open(create=False)
+    assert asked(registry) == NOTHING
+    registry.make()
+    assert add_checkpoint(registry) == registry.checkpoint("harbour/sft")
+
+
+def test_a_table_that_is_missing_from_a_made_registry_is_not_taken_for_nothing() -> None:
+    registry = Registry.open()
+    with registry._database.write() as connection:
+        connection.exec_driver_sql("DROP TABLE tags")
+    with pytest.raises(sqlite3.OperationalError, match="no such table"):
+        registry._database.read("SELECT tag FROM tags")
 
 
 def test_a_home_that_belongs_to_another_registry_is_refused(align_home: Path) -> None:

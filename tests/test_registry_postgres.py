@@ -11,12 +11,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+from sqlalchemy.exc import ProgrammingError
 
+from align.cli.run import run_command
 from align.errors import AlignError
 from align.registry import Registry
 from align.registry.migrations import LATEST
 from tests.postgres_kit import emptied, postgres_server
 from tests.registry_fill import add_checkpoint, add_data, begin, fail, finish
+from tests.test_registry_database import NOTHING, asked
+from tests.test_run import bench_in
 
 pytest.importorskip("psycopg", reason="no psycopg: pip install 'align[postgres]'")
 ROOT = Path(__file__).parents[1]
@@ -67,6 +72,31 @@ def test_metrics_and_the_end_of_runs_are_kept(registry: Registry) -> None:
     assert second.value == 1.0
     fail(registry)
     assert [record.status for record in registry.all_runs()] == ["failed", "finished"]
+
+
+def test_a_database_without_tables_has_nothing_and_is_made(server: str) -> None:
+    registry = Registry.open(url=emptied(server), create=False)
+    assert asked(registry) == NOTHING
+    registry.make()
+    assert add_checkpoint(registry) == registry.checkpoint("harbour/sft")
+
+
+def test_a_table_that_is_missing_from_a_made_registry_is_not_taken_for_nothing(registry: Registry) -> None:
+    with registry._database.write() as connection:
+        connection.exec_driver_sql("DROP TABLE tags")
+    with pytest.raises(ProgrammingError, match="tags"):
+        registry._database.read("SELECT tag FROM tags")
+
+
+def test_a_recipe_runs_on_a_database_without_tables(
+    server: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = bench_in(tmp_path, tiny_llama)
+    options = ["--stage", "sft", "--json", "--set", "stages.sft.max_steps=1"]
+    monkeypatch.setenv("ALIGN_REGISTRY_URL", emptied(server))
+    result = CliRunner().invoke(run_command, [str(bench.recipe), *options])
+    assert result.exception is None, result.exception
+    assert [entry["action"] for entry in json.loads(result.stdout)] == ["run"]
 
 
 WRITER = """

@@ -147,7 +147,7 @@ def plan_command(
     if any(entry.estimate.processes > 1 for entry in planned):
         click.echo("Memory is that of each process.")
     for entry in planned:
-        if not entry.estimate.fits:
+        if entry.action in ("run", "resume") and not entry.estimate.fits:
             click.secho(f"warning: {misfit(entry)}", fg="yellow", err=True)
 
 
@@ -239,8 +239,9 @@ def _done(workshop: Workshop, stages: Sequence[str], force: Sequence[str]) -> li
     """Runs the stages here, or on as many processes as the recipe asks for, where there is something for them to do."""
     from align.console import ConsoleProgress
     from align.launch.job import SEVERAL
+    from align.launch.processes import Request, refuse_too_many, run_apart
     from align.parallel.crew import crew
-    from align.run import checked_plan, run_recipe
+    from align.run import checked_plan, register_data, run_recipe
     from align.stopping import signals_handled
 
     if leader := crew():
@@ -250,12 +251,15 @@ def _done(workshop: Workshop, stages: Sequence[str], force: Sequence[str]) -> li
     progress, processes = ConsoleProgress(), workshop.recipe.launch.processes
     with signals_handled():
         if processes > 1:
-            going = [entry for entry in checked_plan(workshop, stages, force) if entry.action in ("run", "resume")]
-            processes = processes if any(entry.kind in SEVERAL for entry in going) else 1
+            planned = checked_plan(workshop, stages, force)
+            going = [entry.kind for entry in planned if entry.action in ("run", "resume")]
+            processes = processes if any(kind in SEVERAL for kind in going) else 1
         if processes == 1:
             return run_recipe(workshop, progress, stages, force)
-    from align.launch.processes import Request, run_apart
-
+        refuse_too_many(processes)
+        register_data(
+            workshop, [entry.name for entry in planned]
+        )  # here, so that the first process need not do it again
     request = Request(workshop.written, workshop.folder, workshop.registry.home, tuple(stages), tuple(force))
     done: list[Done] = run_apart(request, processes)
     return done

@@ -36,7 +36,10 @@ from align.data.examples import Conversation, Document, Example, Message, Messag
 from align.data.problems import RowError, shown
 from align.errors import AlignError, did_you_mean
 
-LABELS = {True: True, False: False, "true": True, "false": False, "True": True, "False": False, "1": True, "0": False}
+LABELS = {  # 1 and 1.0 equal True; pandas writes whole numbers with a gap among them as 1.0
+    True: True, False: False, "true": True, "false": False, "True": True, "False": False, "1": True, "0": False,
+    "1.0": True, "0.0": False,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +229,7 @@ def _has(fields: Fields, *groups: Sequence[str]) -> bool:
 
 
 def _is_label(value: object) -> bool:
-    return isinstance(value, bool | int | str) and value in LABELS
+    return isinstance(value, bool | int | float | str) and value in LABELS
 
 
 def _is_hh(fields: Fields) -> bool:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 MAX_LINE_BYTES = 16 * 2**20  # a longer line is no row of text but a broken file
 MAX_ARRAY_BYTES = 4 * 2**30  # an array is held in memory, twice
+PIECE_BYTES = 2**20
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 CSV_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
@@ -51,13 +52,15 @@ def _begins_with_array(stream: io.BufferedReader) -> bool:
 
 
 def _whole_array(stream: io.BufferedReader, name: str) -> bytes:
-    data = stream.read(MAX_ARRAY_BYTES + 1)
-    if len(data) > MAX_ARRAY_BYTES:
-        raise AlignError(
-            f"{name}: an array of more than {MAX_ARRAY_BYTES / 2**30:g} GiB, which would have to be held in memory",
-            "Write one object a line (.jsonl): such a file can have any size.",
-        )
-    return data
+    data = bytearray()
+    while piece := stream.read(PIECE_BYTES):  # a read of the limit would take that much memory for the smallest file
+        data += piece
+        if len(data) > MAX_ARRAY_BYTES:
+            raise AlignError(
+                f"{name}: an array of more than {MAX_ARRAY_BYTES / 2**30:g} GiB, which would have to be held in memory",
+                "Write one object a line (.jsonl): such a file can have any size.",
+            )
+    return bytes(data)
 
 
 # Lines ---------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """What a model keeps of each token until the backward pass, and what a forward pass takes without one.
 
-Counted from what autograd saves in models.trunk and models.head; tests/test_memory_plan.py holds the sums against it.
+Counted from what autograd saves in models.trunk; tests/test_estimate.py holds the sums against it.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from align.estimate.shape import Shape
 
 FLOAT, HALF = 4, 2  # bytes
-LOGITS_AT_ONCE, LOGITS_KEPT = 2**23, 2**25  # as models.head has them
-CHUNKS_AT_ONCE = 5  # copies of a chunk of logits while it is turned into log-probabilities and back
 
 
 @dataclass(frozen=True)
@@ -80,19 +78,3 @@ def copied_keys(shape: Shape, tokens: float, *, checkpointing: bool) -> float:
 def working_bytes(shape: Shape, tokens: float, width: int) -> float:
     """Bytes that a block takes for a moment, besides what is kept: its widest layer, forwards or backwards."""
     return tokens * (FLOAT * 3 * shape.hidden + width * 3 * shape.intermediate)
-
-
-def kept_logits(shape: Shape, tokens: float) -> float:
-    """Bytes of logits that wait for the backward pass; more than LOGITS_KEPT are computed again instead."""
-    numbers = tokens * shape.vocabulary
-    return FLOAT * numbers if numbers <= LOGITS_KEPT else 0.0
-
-
-def recomputed_logits(shape: Shape, tokens: float) -> float:
-    """Bytes that a chunk takes of logits that are computed again in the backward pass; 0 where all are kept."""
-    return 0.0 if tokens * shape.vocabulary <= LOGITS_KEPT else working_logits(shape, tokens)
-
-
-def working_logits(shape: Shape, tokens: float) -> float:
-    """Bytes that a chunk of logits takes for a moment."""
-    return CHUNKS_AT_ONCE * FLOAT * min(tokens * shape.vocabulary, LOGITS_AT_ONCE)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from align.estimate.activations import FLOAT, HALF, working_bytes, working_logits
+from align.estimate.activations import FLOAT, HALF, working_bytes
+from align.estimate.logits import Head
 from align.estimate.shape import Shape
 
 DECODED_AT_ONCE = 32_768  # tokens of prompts and replies, as rollout.generation bounds them
@@ -26,4 +27,5 @@ def reading_bytes(shape: Shape, tokens: float, predicted: float, *, half: bool) 
     """A forward pass over as many of the tokens as are read at once. predicted: share of them that the head sees."""
     at_once = min(tokens, READ_AT_ONCE)
     block = working_bytes(shape, at_once, HALF if half else FLOAT)
-    return at_once * 2 * FLOAT * shape.hidden + max(block, working_logits(shape, predicted * at_once))
+    logits = Head(shape.vocabulary, half, plain=shape.plain_head).working(predicted * at_once)
+    return at_once * 2 * FLOAT * shape.hidden + max(block, logits)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal
 
 from align.machine import this_machine
@@ -18,10 +21,11 @@ LIBRARIES_BYTES = 675 * 2**20
 WRITERS_BYTES = 600 * 2**20  # where nothing trains (measured as the least that a critique stage took)
 # Heap that lies idle between the blocks in use once micro-batches of several sizes have gone through it: freed memory is
 # kept (allocator.py), and the blocks of one do not fit into the gaps of another. A share of what is in use, and, where
-# logits are computed again, so many times what a chunk of them takes: more beside the small blocks of adapters. Fitted to
-# what docs/memory.md shows.
+# logits come and go in chunks, so many times what a chunk takes: more beside the small blocks of adapters, whose own chunks
+# are smaller. Fitted to what docs/memory.md shows.
 IDLE_HEAP = 0.65
-IDLE_CHUNKS, IDLE_CHUNKS_ADAPTED = 1.0, 2.75
+IDLE_CHUNKS, IDLE_CHUNKS_ADAPTED = 1.0, 8.0
+DRIVERS = {"cuda": Path("/dev/nvidiactl"), "hip": Path("/dev/kfd")}  # there where a GPU that torch was built for is
 
 
 @dataclass(frozen=True)
@@ -48,28 +52,46 @@ class Place:
         return self.processes if self.strategy == "fsdp" else 1
 
     def spread(self, used: float, chunk: float = 0.0, *, adapted: bool = False) -> float:
-        """Memory that the `used` bytes of micro-batches take, whose blocks come and go in several sizes. chunk: of logits that are computed
-        again."""
+        """Memory that the `used` bytes of micro-batches take, whose blocks come and go in several sizes. chunk: of logits
+        that do."""
         if self.gpu:
             return used
         return (1 + IDLE_HEAP) * used + (IDLE_CHUNKS_ADAPTED if adapted else IDLE_CHUNKS) * chunk
 
 
-def this_place(processes: int = 1, strategy: Literal["ddp", "fsdp"] = "ddp") -> Place:
-    """A process of several on this machine. On the processors they share its memory; each has a GPU of its own."""
-    gpus = gpu_memory() if _torch_sees_gpus() else ()
-    if gpus:
-        return Place(True, True, min(gpus), processes, strategy)
+def this_place(processes: int = 1, strategy: Literal["ddp", "fsdp"] = "ddp", here: int | None = None) -> Place:
+    """A process of several, of which `here` (None: all) are on this machine. On the processors those share its memory; each
+    has a GPU of its own."""
+    gpus = _visible_gpus()
+    if gpus is not None:
+        return Place(True, True, min(gpus, default=None), processes, strategy)
     machine = this_machine()
     most = min(machine.memory_bytes, machine.memory_limit_bytes or machine.memory_bytes)
     has_bfloat16 = any(feature in machine.features for feature in ("AMX bf16", "AVX-512 bf16"))
-    return Place(False, has_bfloat16, most // processes, processes, strategy)
+    return Place(False, has_bfloat16, most // (here or processes), processes, strategy)
 
 
-def _torch_sees_gpus() -> bool:
-    """Whether the torch that is installed was built for GPUs, and they are not hidden from it."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    return not hidden and not version("torch").endswith("+cpu")
+def _visible_gpus() -> Sequence[int] | None:
+    """Bytes of each GPU that torch will see; empty: they are not known. None: it will see none."""
+    built, visible = _built_for(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if built is None or visible in ("", "-1"):
+        return None
+    found = gpu_memory() if built == "cuda" else ()
+    if not found:
+        return () if DRIVERS[built].exists() else None
+    names = visible.split(",") if visible else []
+    if not all(name.strip().isdecimal() for name in names):
+        return ()  # the name of a GPU, or of a part of one
+    numbers = [int(name) for name in names] or range(len(found))
+    return [found[number] for number in numbers if number < len(found)] or None
+
+
+def _built_for() -> str | None:
+    """The kind of GPUs that the torch that is installed was built for, by what its files say; None: for none."""
+    torch = find_spec("torch")
+    file = Path(torch.origin).with_name("version.py") if torch and torch.origin else None
+    said = file.read_text(encoding="utf-8") if file and file.is_file() else ""
+    return next((kind for kind in DRIVERS if re.search(rf"^{kind}\b[^=]*= *['\"]", said, re.MULTILINE)), None)
 
 
 @cache

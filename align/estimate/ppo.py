@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from align.estimate.activations import (
     FLOAT,
     HALF,
-    kept_logits,
-    recomputed_logits,
     trunk_bytes,
     working_bytes,
-    working_logits,
 )
 from align.estimate.asking import reading_bytes, writing_bytes
+from align.estimate.logits import Head
 from align.estimate.place import Place
 from align.estimate.rows import Rows
 from align.estimate.shape import Shape
@@ -46,6 +44,12 @@ class Roles:
     def value_kind(self) -> str | None:
         """What the value model is; None: there is none."""
         return value_kind(self.settings)
+
+    @property
+    def logits(self) -> Head:
+        """How the policy's logits are turned into log-probabilities; for a bonus on their entropy autograd keeps them."""
+        head = self.policy.logits
+        return replace(head, plain=head.plain and self.settings.entropy_coefficient == 0)
 
     @property
     def reference(self) -> float:
@@ -83,7 +87,7 @@ class Roles:
         full = self.settings.adapter is None
         casts = HALF * self.trained if full and policy.half else 0.0
         table = FLOAT * policy.shape.table if full else 0.0
-        logits = kept_logits(policy.shape, predicted) + working_logits(policy.shape, predicted)
+        logits = self.logits.kept(predicted) + self.logits.working(predicted)
         hidden = 2 * FLOAT * policy.shape.hidden * predicted
         block = working_bytes(policy.shape, computed, policy.arithmetic.width)
         return passes * kept + casts + table + max(hidden + logits, block)
@@ -120,9 +124,8 @@ def ppo_phases(roles: Roles, rows: Rows, evaluation: EvaluationSettings, place: 
     gradients = FLOAT * roles.trained
     learning = roles.learning(at_once, share * at_once)
     if step > settings.batch_tokens:
-        adapted = settings.adapter is not None  # all roles go through one base: more sizes of chunks
-        chunk = (working_logits if adapted else recomputed_logits)(shape, share * at_once)
-        learning = moments + gradients + place.spread(learning, chunk, adapted=adapted)
+        chunk = roles.logits.idle(share * at_once)
+        learning = moments + gradients + place.spread(learning, chunk, adapted=settings.adapter is not None)
     else:
         learning = moments + max(learning, gradients)
     return {

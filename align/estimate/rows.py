@@ -6,7 +6,7 @@ The tokens that go through a model at once, and how many of them the head sees, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import NormalDist, fmean, pstdev
@@ -26,7 +26,8 @@ class Rows:
 
     count: training rows. mean, deviation, longest: tokens of a row, as the token budget counts them. computed: share of
     those tokens that go through the model, where the two sides of a pair share their prompt. predicted: share that the
-    head sees. prompt, longest_prompt: tokens of what a model is asked. held_out: rows; None: not known.
+    head sees. prompt, longest_prompt: tokens of what a model is asked. held_out: rows; None: not known. sides: sequences
+    that a row is made of.
     """
 
     count: int
@@ -38,6 +39,7 @@ class Rows:
     prompt: float = UNKNOWN_TOKENS / 2
     longest_prompt: float = UNKNOWN_TOKENS / 2
     held_out: int | None = None
+    sides: int = 1
 
     def step_tokens(self, rows: int, steps: int) -> float:
         """Tokens of the largest of so many optimiser steps of so many rows: the expected maximum of as many normal numbers
@@ -47,10 +49,12 @@ class Rows:
         return min(rows * self.mean + deviations * self.deviation * math.sqrt(rows), rows * self.longest)
 
     def halved(self) -> Rows:
-        """Both sides of each pair as rows by themselves."""
+        """Both sides of each pair as rows by themselves; rows of one side are as they were."""
+        if self.sides == 1:
+            return self
         return replace(
             self, count=2 * self.count, mean=self.mean / 2, deviation=self.deviation / 2, longest=self.longest / 2,
-            computed=1.0,
+            computed=1.0, sides=1,
         )  # fmt: skip
 
 
@@ -64,13 +68,20 @@ class _Row:
     prompt: int | None
     sides: int = 1
 
-    def within(self, longest: int) -> _Row:
-        """Cut to so many tokens a side."""
+    def within(self, longest: int, *, cuts: bool) -> Iterator[_Row]:
+        """What is trained of it with so many tokens a side: it, or it cut short where `cuts`; of plain text all, in chunks."""
         most = longest * self.sides
         if self.counted <= most:
-            return self
-        kept = most / self.counted
-        return replace(self, counted=most, computed=round(self.computed * kept), predicted=round(self.predicted * kept))
+            yield self
+        elif self.prompt is None:  # a chunk begins with the last token of the one before, as chat.encoder has it
+            for start in range(0, self.counted - 1, max(longest - 1, 1)):
+                length = min(longest, self.counted - start)
+                yield replace(self, counted=length, computed=length, predicted=length)
+        elif cuts:
+            kept = most / self.counted
+            yield replace(
+                self, counted=most, computed=round(self.computed * kept), predicted=round(self.predicted * kept)
+            )
 
 
 def rows_like(
@@ -78,11 +89,11 @@ def rows_like(
 ) -> Rows | None:
     """What canonical rows are like; None when none of them can be used.
 
-    count: of all rows, None: as many as the sample. longest: max_length, in tokens; longer rows are cut where `cuts`, else
-    dropped.
+    count: of all rows, None: as many as the sample. longest: max_length, in tokens, at least 2; longer rows are cut where
+    `cuts`, else dropped, and each chunk of a longer text is a row.
     """
     found = [_tokens(row, count_tokens) for row in sample]
-    kept = [row.within(longest) for row in found if cuts or row.counted <= longest * row.sides]
+    kept = [part for row in found for part in row.within(longest, cuts=cuts)]
     if not kept:
         return None
     counted = [row.counted for row in kept]
@@ -98,18 +109,31 @@ def rows_like(
         predicted=sum(row.predicted for row in kept) / total,
         prompt=fmean(prompts),
         longest_prompt=max(prompts),
+        sides=max(row.sides for row in kept),
     )
 
 
 def counter(folder: Path) -> CountTokens:
-    """Counts tokens by the tokenizer of a model folder, where that is one of the fast ones; else by bytes."""
+    """Counts tokens by the tokenizer of a model folder, where that is one of the fast ones; else by bytes.
+
+    So it does where the tokenizer cannot be read: whoever loads it says what is wrong.
+    """
     file = folder / "tokenizer.json"
     if not file.is_file():
-        return lambda text: math.ceil(len(text.encode()) / BYTES_PER_TOKEN)
+        return _tokens_by_bytes
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(file))
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception:  # tokenizers raises nothing narrower
+        return _tokens_by_bytes
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def _tokens_by_bytes(text: str) -> int:
+    return math.ceil(len(text.encode()) / BYTES_PER_TOKEN)
 
 
 def _tokens(row: Mapping[str, Any], count: CountTokens) -> _Row:

@@ -22,6 +22,9 @@ class Shape:
     tied: bool
     head: int = 64  # width of one head
     stored: int = 4  # bytes of a weight in the model's files
+    plain_head: bool = (
+        True  # whether the head's logits are used as they are; Gemma caps them, Granite and Cohere scale them
+    )
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Shape | None:
@@ -43,6 +46,8 @@ class Shape:
             tied=bool(config.get("tie_word_embeddings", True)),
             head=width,
             stored=2 if (config.get("dtype") or config.get("torch_dtype")) in ("bfloat16", "float16") else 4,
+            plain_head=config.get("final_logit_softcapping") is None
+            and all((config.get(factor) or 1) == 1 for factor in ("logit_scale", "logits_scaling")),
         )
 
     @property

@@ -20,13 +20,11 @@ from align.estimate.activations import (
     HALF,
     Arithmetic,
     copied_keys,
-    kept_logits,
-    recomputed_logits,
     trunk_bytes,
     working_bytes,
-    working_logits,
 )
 from align.estimate.asking import reading_bytes, writing_bytes
+from align.estimate.logits import Head
 from align.estimate.place import Place
 from align.estimate.rows import Rows
 from align.estimate.shape import Shape
@@ -53,6 +51,11 @@ class Learner:
         """How it computes."""
         adapter = self.settings.adapter
         return Arithmetic(self.half, adapter.rank if adapter else None, self.settings.quantize)
+
+    @property
+    def logits(self) -> Head:
+        """How its head's logits are turned into log-probabilities."""
+        return Head(self.shape.vocabulary, self.half, self.settings.adapter is None, self.shape.plain_head)
 
     @property
     def parameters(self) -> int:
@@ -97,7 +100,7 @@ class Learner:
             micro_batch += copied_keys(self.shape, tokens, checkpointing=self.settings.gradient_checkpointing)
         if not several:
             return self.state + max(micro_batch, self.gradients)
-        chunk = recomputed_logits(self.shape, tokens * rows.predicted) if self.head else 0.0
+        chunk = self.logits.idle(tokens * rows.predicted) if self.head else 0.0
         adapted = self.settings.adapter is not None
         return self.state + self.gradients + self.place.spread(micro_batch, chunk, adapted=adapted)
 
@@ -122,7 +125,7 @@ class Learner:
         if not self.head:
             return 0.0
         hidden = 2 * FLOAT * self.shape.hidden * predicted
-        return hidden + kept_logits(self.shape, predicted) + working_logits(self.shape, predicted)
+        return hidden + self.logits.kept(predicted) + self.logits.working(predicted)
 
     @property
     def _casts(self) -> float:

@@ -66,7 +66,6 @@ class _Process:
 
 def run_apart(request: Request, processes: int) -> Any:
     """What the first of `processes` processes made of the request. Raises AlignError, with its exit code, when it failed."""
-    _refuse_too_many(processes)
     with tempfile.TemporaryDirectory(prefix="align-launch-") as name, _lifeline() as pipe:
         folder = Path(name)
         (folder / "request").write_bytes(pickle.dumps(request))
@@ -151,7 +150,7 @@ def _error(told: Told) -> AlignError:
     return error
 
 
-def _refuse_too_many(processes: int) -> None:
+def refuse_too_many(processes: int) -> None:
     """Raises AlignError for more processes than there are GPUs, where there are any."""
     import torch
 

@@ -11,8 +11,10 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from align.errors import AlignError
+from align.errors import AlignError, StageFailed, lacks_memory
 from align.models.source import Source, located
+
+BAD_FOLDER = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError)
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
@@ -61,12 +63,13 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def errors_of(path: str) -> Iterator[None]:
-    """What libraries raise for a bad folder, as our error. Running out of memory is no fault of the folder."""
+    """What libraries raise for a bad folder, as our error. Running out of memory is no fault of the folder: StageFailed."""
     try:
         yield
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, and nothing else here needs torch
-            raise
+    except (*BAD_FOLDER, MemoryError) as error:
+        if lacks_memory(error):
+            hint = "Free some memory, or take a smaller model; an adapter can be trained with quantize: nf4."
+            raise StageFailed(f"out of memory while {path} was opened", hint) from error
         first = (str(error).strip().splitlines() or [""])[0]
         if not first or isinstance(error, LookupError | TypeError | AttributeError):  # a JSON file of another shape
             first = f"a file in it is not as it should be ({type(error).__name__}: {first})"

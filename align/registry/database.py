@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 BUSY_SECONDS = 60
 ATTEMPTS = 5
 WRITER_LOCK = 0x616C69676E  # 'align', the key of the advisory lock in PostgreSQL
+UNDEFINED_TABLE = "42P01"  # SQLSTATE
 
 Row = dict[str, Any]
 
@@ -60,7 +61,15 @@ class SqliteDatabase:
 
     def read(self, sql: str, **values: Any) -> list[Row]:
         """See Database."""
-        if not self._path.exists() or not self._path.stat().st_size:  # where a process was killed while it made one
+        try:
+            return self._rows(sql, values)
+        except sqlite3.OperationalError as error:  # also where a process was killed, or is just busy, making the tables
+            if "no such table" not in str(error) or self.version():
+                raise
+            return []
+
+    def _rows(self, sql: str, values: Row) -> list[Row]:
+        if not self._path.exists():
             return []
         if self._path.is_dir():
             raise AlignError(f"the registry {self._path} is a folder, not a file", "Remove it, or set ALIGN_HOME.")
@@ -146,9 +155,15 @@ class PostgresDatabase:
     def read(self, sql: str, **values: Any) -> list[Row]:
         """See Database."""
         from sqlalchemy import text
+        from sqlalchemy.exc import ProgrammingError
 
-        with self._connected() as connection:
-            return [dict(row) for row in connection.execute(text(sql), values).mappings()]
+        try:
+            with self._connected() as connection:
+                return [dict(row) for row in connection.execute(text(sql), values).mappings()]
+        except ProgrammingError as error:
+            if getattr(error.orig, "sqlstate", None) != UNDEFINED_TABLE or self.version():
+                raise
+            return []
 
     def json_part(self, column: str, key: str) -> str:
         """See Database."""
