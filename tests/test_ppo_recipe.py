@@ -304,10 +304,10 @@ LONG = "word " * 300
         (["data.prompts.test_fraction=1.0"], "data set 'prompts' has no training rows"),
         (["stages.policy.max_new_tokens=300"], "max_new_tokens is 300 and the model's context is 256"),
         (["stages.policy.max_length=8"], "max_new_tokens is 8 and max_length is 8"),
-        (["stages.policy.max_new_tokens=250"], "stage 'policy': none of the 11 prompts leaves room for a response of max_new_tokens: 250"),
+        (["stages.policy.max_new_tokens=250"], "stage 'policy': data set 'prompts': none of the 11 prompts leaves room for a response of max_new_tokens: 250"),
         (
             ["data.prompts={path: long.jsonl, test_fraction: 0}", "stages.policy.too_long=error"],
-            "stage 'policy': prompt 1 has ",
+            "stage 'policy': data set 'prompts': prompt 1 has ",
         ),
         (["stages.policy.reward={kind: judge, file: jugde.yaml}"], "Did you mean 'judge.yaml'?"),
         (["stages.policy.reward={kind: judge}"], "kind judge names no file, and `evaluation:` has no judge"),
