@@ -190,7 +190,7 @@ def test_in_bfloat16_a_token_that_is_nearly_certain_keeps_its_gradient() -> None
     assert 0 < missing < 2**-9
     with torch.autocast("cpu", torch.bfloat16):
         matrix = plain_head.compute_weight(head.weight)
-        found = plain_head.PlainLogps.apply(state[None], head.weight, matrix, target, 1.0)
+        found = plain_head.PlainLogps.apply(state[None], head.weight, matrix, target, 1.0, None)
     ours = torch.autograd.grad(found.sum(), [state, head.weight])
     assert (ours[0] - by_state).norm() < 0.02 * by_state.norm()
     assert (ours[1] - by_weight).norm() < 0.02 * by_weight.norm()

@@ -33,8 +33,7 @@ def target_logps(
     if not len(hidden):
         nothing = hidden.new_zeros(0, dtype=torch.float32)
         return nothing, nothing if entropy else None
-    work, at_once, kept_bytes = _way(model, temperature, entropy)
-    rows = max(1, at_once // _vocabulary(model))
+    work, rows, kept_bytes = _way(model, len(hidden), temperature, entropy)
     again = torch.is_grad_enabled() and len(hidden) * _vocabulary(model) * kept_bytes > LOGITS_KEPT_BYTES
     parts = [
         checkpoint(work, states, wanted, use_reentrant=False, preserve_rng_state=False)
@@ -46,19 +45,23 @@ def target_logps(
     return logps, torch.cat([part[1] for part in parts]) if entropy else None
 
 
-def _way(model: nn.Module, temperature: float, entropy: bool) -> tuple[Chunk, int, int]:
-    """How log-probabilities are computed, how many logits at once, and the bytes of each that wait for the backward pass."""
+def _way(model: nn.Module, tokens: int, temperature: float, entropy: bool) -> tuple[Chunk, int, int]:
+    """How log-probabilities are computed, of how many tokens at once, and the bytes of a logit that wait for the backward
+    pass. Where none wait, all chunks are computed in one place: else small results would come to lie in the gap that the
+    last chunk left, and the next would need a new one."""
     head: Any = inner_model(model).get_output_embeddings()
-    learns = torch.is_grad_enabled()
+    learns, vocabulary = torch.is_grad_enabled(), _vocabulary(model)
+    rows = max(1, LOGITS_AT_ONCE // vocabulary)
     if not is_plain(head) or _done_to_logits(model) != (1.0, None) or (entropy and learns):
-        return partial(_chunk, model, temperature, entropy), LOGITS_AT_ONCE, 4
+        return partial(_chunk, model, temperature, entropy), rows, 4
     matrix = compute_weight(head.weight)
-    if not learns:
-        return partial(_plain, matrix, temperature, entropy), LOGITS_AT_ONCE, 0
-    way = partial(_plain_with_gradients, head.weight, matrix, temperature)
-    if not head.weight.requires_grad:
-        return way, LOGITS_AT_ONCE, 0
-    return way, LOGITS_KEPT_BYTES // matrix.itemsize, matrix.itemsize
+    if learns and head.weight.requires_grad:
+        at_once = max(1, LOGITS_KEPT_BYTES // matrix.itemsize // vocabulary)
+        return partial(_plain_with_gradients, head.weight, matrix, temperature, None), at_once, matrix.itemsize
+    space = matrix.new_empty((min(rows, tokens), vocabulary))
+    if learns:
+        return partial(_plain_with_gradients, head.weight, matrix, temperature, space), rows, 0
+    return partial(_plain, matrix, temperature, entropy, space), rows, 0
 
 
 def next_token_logps(model: nn.Module, rows: Sequence[Sequence[int]], targets: Tensor) -> Tensor:
@@ -99,14 +102,16 @@ def _chunk(
     return logps, total - ((logits - total[:, None]).exp() * logits).sum(-1)
 
 
-def _plain(matrix: Tensor, temperature: float, entropy: bool, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    return plain_logps(states, matrix, targets, temperature, entropy=entropy)
+def _plain(
+    matrix: Tensor, temperature: float, entropy: bool, space: Tensor, states: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor]:
+    return plain_logps(states, matrix, targets, temperature, space, entropy=entropy)
 
 
 def _plain_with_gradients(
-    weight: Tensor, matrix: Tensor, temperature: float, states: Tensor, targets: Tensor
+    weight: Tensor, matrix: Tensor, temperature: float, space: Tensor | None, states: Tensor, targets: Tensor
 ) -> tuple[Tensor, Tensor]:
-    logps: Tensor = PlainLogps.apply(states, weight, matrix, targets, temperature)  # type: ignore[no-untyped-call]
+    logps: Tensor = PlainLogps.apply(states, weight, matrix, targets, temperature, space)  # type: ignore[no-untyped-call]
     return logps, logps
 
 

@@ -24,26 +24,34 @@ def is_plain(head: nn.Module) -> bool:
 
 
 def plain_logps(
-    hidden: Tensor, matrix: Tensor, targets: Tensor, temperature: float, *, entropy: bool = False
+    hidden: Tensor, matrix: Tensor, targets: Tensor, temperature: float, space: Tensor, *, entropy: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities (M,) of `targets` and entropies (M,) where asked, else zeros; float32, without gradients.
 
-    hidden: (M, H). matrix: the head's weight (V, H), as compute_weight gives it. All M x V logits are in memory at once.
+    hidden: (M, H). matrix: the head's weight (V, H), as compute_weight gives it. space: at least M x V numbers of its kind,
+    which are overwritten.
     """
-    return _softmax(hidden.to(matrix.dtype) @ matrix.t(), targets, temperature, entropy=entropy)
+    return _softmax(_logits(hidden, matrix, space), targets, temperature, entropy=entropy)
 
 
 class PlainLogps(torch.autograd.Function):
-    """`apply(hidden, weight, matrix, targets, temperature)`: log-probabilities (M,), float32, as of plain_logps.
+    """`apply(hidden, weight, matrix, targets, temperature, space)`: log-probabilities (M,), float32, as of plain_logps.
 
-    weight: the head's own, which gets the gradient. matrix: it again, in the arithmetic of the products.
+    weight: the head's own, which gets the gradient. matrix: it again, in the arithmetic of the products. space: None where
+    the weight trains, whose gradient needs what is computed in it.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, matrix: Tensor, targets: Tensor, temperature: float
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        matrix: Tensor,
+        targets: Tensor,
+        temperature: float,
+        space: Tensor | None,
     ) -> Tensor:
-        others = hidden.to(matrix.dtype) @ matrix.t()
+        others = _logits(hidden, matrix, space)
         logps, _ = _softmax(others, targets, temperature, keep=True)
         pushed = others @ matrix
         ctx.save_for_backward(hidden, weight, targets, logps, pushed, others if weight.requires_grad else None)
@@ -52,7 +60,7 @@ class PlainLogps(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         hidden, weight, targets, logps, pushed, others = ctx.saved_tensors
         scale = (gradient / ctx.temperature)[:, None]
         missing = -torch.expm1(logps)[:, None] * scale  # 1 - p_t, exact where p_t is near 1
@@ -63,13 +71,18 @@ class PlainLogps(torch.autograd.Function):
             states = hidden.float()
             by_weight = (others.t() @ (-scale * states).to(others.dtype)).to(weight.dtype)
             by_weight.index_add_(0, targets, (missing * states).to(weight.dtype))
-        return by_hidden, by_weight, None, None, None
+        return by_hidden, by_weight, None, None, None, None
 
 
 def compute_weight(weight: Tensor) -> Tensor:
     """A head's weight in the arithmetic of its products: autocast's, where that is on."""
     place = weight.device.type
     return weight.detach().to(torch.get_autocast_dtype(place) if torch.is_autocast_enabled(place) else weight.dtype)
+
+
+def _logits(hidden: Tensor, matrix: Tensor, space: Tensor | None) -> Tensor:
+    states = hidden.to(matrix.dtype)
+    return states @ matrix.t() if space is None else torch.mm(states, matrix.t(), out=space[: len(states)])
 
 
 def _softmax(
