@@ -21,6 +21,7 @@ from align.registry.records import StageData
 from align.report import words
 from align.report.data_view import DROPPED
 from align.report.numbers import Change, Number, headline, parity, raised_guards
+from align.units import in_units
 
 if TYPE_CHECKING:
     from align.checks import DataCheck
@@ -142,7 +143,7 @@ def plan_table(stages: Iterable[PlannedStage]) -> Table:
     table = _table(stage="", kind="", action="", memory="right", time="right", why="")
     for stage in stages:
         memory, seconds = stage.estimate.peak_memory_bytes, stage.estimate.seconds
-        cost = [_gibibytes(memory) if memory else "", words.duration(seconds) if seconds else ""]
+        cost = [in_units(memory) if memory else "", words.duration(seconds) if seconds else ""]
         table.add_row(*(_cell(text) for text in (stage.name, stage.kind, stage.action, *cost, stage.why)))
     return table
 
@@ -189,10 +190,6 @@ def _table(**columns: str) -> Table:
     for heading, side in columns.items():
         made.add_column(heading, justify="right" if side == "right" else "left", overflow="fold")
     return made
-
-
-def _gibibytes(count: float) -> str:
-    return f"{count / 2**30:.1f} GiB"
 
 
 def _cells(name: str, change: Change) -> list[str]:

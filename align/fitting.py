@@ -9,6 +9,7 @@ from align.costs import Estimate, estimator
 from align.errors import AlignError
 from align.recipe.settings import Stage, TrainingSettings
 from align.recipe.training_settings import AdapterSettings
+from align.units import in_units
 
 if TYPE_CHECKING:
     from align.origins import Workshop
@@ -26,7 +27,8 @@ def check_memory(workshop: Workshop, planned: Sequence[PlannedStage]) -> None:
     for entry in planned:
         if entry.action not in ("run", "resume") or entry.estimate.fits:
             continue
-        adapts = getattr(workshop.stage(entry.name), "fit", "stop") == "auto"
+        stage = workshop.stage(entry.name)
+        adapts = isinstance(stage, TrainingSettings) and stage.fit == "auto"
         if adapts and fitting_batch_tokens(workshop, entry.name) is not None:
             continue
         remedies = list(_remedies(workshop, entry.name))
@@ -42,8 +44,8 @@ def misfit(entry: PlannedStage) -> str:
     need, room = found.peak_memory_bytes or 0, found.available_bytes or 0
     each = f" in each of {found.processes} processes" if found.processes > 1 else ""
     return (
-        f"stage '{entry.name}' is predicted to need {gibibytes(need)} of memory{each}, and {gibibytes(room)} are "
-        f"available: {gibibytes(need - room)} too much"
+        f"stage '{entry.name}' is predicted to need {in_units(need)} of memory{each}, and {in_units(room)} are "
+        f"available: {in_units(need - room)} too much"
     )
 
 
@@ -80,11 +82,6 @@ def largest_budget(predict: Callable[[int], Estimate], most: int) -> int | None:
     return next((tokens for tokens in budgets if predict(tokens).fits), None)
 
 
-def gibibytes(count: int) -> str:
-    """Bytes for people."""
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
-
-
 def _remedies(workshop: Workshop, name: str) -> Iterator[str]:
     """Each setting that is enough alone, as the user would write it, and what is predicted then."""
     settings = workshop.stage(name)
@@ -108,7 +105,7 @@ def _remedies(workshop: Workshop, name: str) -> Iterator[str]:
 
 
 def _told(written: str, found: Estimate) -> str:
-    return f"{written} ({gibibytes(found.peak_memory_bytes or 0)})"
+    return f"{written} ({in_units(found.peak_memory_bytes or 0)})"
 
 
 def _changed(settings: TrainingSettings, **changes: object) -> Stage:

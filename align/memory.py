@@ -20,6 +20,7 @@ from align.batches import micro_batches
 from align.errors import StageFailed, lacks_memory
 from align.models.logps import is_padded
 from align.recipe.settings import TrainingSettings
+from align.units import UNITS, in_units
 
 T = TypeVar("T")
 Cut = Callable[
@@ -27,7 +28,6 @@ Cut = Callable[
 ]  # lengths of rows -> indices of those that go through the model together
 
 ASKED = re.compile(r"allocate ([\d.]+) ?(bytes|[KMGTPE]iB)")
-UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
 
 def out_of_memory(error: BaseException, where: str, hint: str) -> StageFailed:
@@ -88,14 +88,6 @@ class Budget:
         if self.shrinks:
             return "A single row is too much: set gradient_checkpointing: true, lower max_length, or train an adapter."
         return "Lower batch_tokens (the result stays the same), or set fit: auto, or gradient_checkpointing: true."
-
-
-def in_units(count: float) -> str:
-    """Bytes for people: 1.5 GiB."""
-    place = 0
-    while count >= 1024 and place < len(UNITS) - 1:
-        count, place = count / 1024, place + 1
-    return f"{count:.0f} bytes" if place == 0 else f"{count:.1f} {UNITS[place]}"
 
 
 def _asked(error: BaseException) -> str:

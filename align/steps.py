@@ -1,7 +1,8 @@
 """One optimiser step up to its gradients, and the same without learning: the loss of rows, cut into micro-batches.
 
 A step is made of all its rows or not at all. What does not fit into memory is made again in smaller parts where the recipe
-says so (memory.py); a step that must not be taken (bad_steps.py) ends the run, is left out, or is made again without autocast to bfloat16.
+says so (memory.py); a step that must not be taken (bad_steps.py) ends the run, is left out, or is made again without
+autocast to bfloat16.
 """
 
 from __future__ import annotations

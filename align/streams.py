@@ -3,7 +3,6 @@ on with the very next row."""
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Iterator
 
@@ -27,8 +26,7 @@ class RowStream(Stream):
     def __init__(self, rows: int, settings: TrainingSettings, seed: int) -> None:
         self.rows, self.seed = rows, seed
         self.batch_size = settings.batch_size
-        self.steps = steps_of(rows, settings)
-        self.total = min(_rows_of_run(rows, settings), self.steps * settings.batch_size)
+        self.steps, self.total = settings.steps(rows), settings.rows_seen(rows)
 
     def __len__(self) -> int:
         return self.steps
@@ -45,14 +43,3 @@ class RowStream(Stream):
                 batch = []
         if batch:
             yield batch
-
-
-def steps_of(rows: int, settings: TrainingSettings) -> int:
-    """Optimiser steps of a run over that many rows."""
-    steps = math.ceil(_rows_of_run(rows, settings) / settings.batch_size)
-    return min(steps, settings.max_steps or steps)
-
-
-def _rows_of_run(rows: int, settings: TrainingSettings) -> int:
-    """How often a row is seen in a whole run: all epochs together, one row at least."""
-    return max(1, round(settings.epochs * rows))

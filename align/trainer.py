@@ -72,8 +72,8 @@ class Task:
 
 @dataclass(frozen=True)
 class Trained:
-    """How a training went. steps: those that were skipped count. batch_tokens: with `fit: auto`, what went
-    through the model at once in the end."""
+    """How a training went. steps: those that were skipped count. batch_tokens: with `fit: auto`, what went through the model
+    at once in the end."""
 
     steps: int
     skipped_steps: int

@@ -17,13 +17,14 @@ import align.ppo.objective
 import align.stages.objectives
 from align.errors import AlignError, Interrupted, StageFailed, lacks_memory
 from align.launch.job import check_launch
-from align.memory import Budget, in_units
+from align.memory import Budget
 from align.progress import Progress
 from align.recipe.settings import KtoLoss
 from align.stages.objectives import AnswerLoss, RatedLoss, RatedRow
 from align.steps import measure
 from align.stopping import signals_handled
 from align.trainer import Task, train
+from align.units import in_units
 from tests.ppo_kit import chat_base
 from tests.step_kit import MORE_THAN_ANY_MACHINE, Cramped, Heard, noisy
 from tests.test_ppo_stage import run, trained

@@ -88,7 +88,7 @@ def test_a_stage_that_does_not_fit_is_refused_before_anything_is_loaded(recipe: 
     assert isinstance(refused, AlignError)
     assert refused.exit_code == 2
     assert "stage 'sft' is predicted to need" in refused.message
-    assert "100 MiB are available" in refused.message
+    assert "100.0 MiB are available" in refused.message
     assert "--force-memory" in refused.hint
     assert not (align_home / "runs").exists() or not list((align_home / "runs").iterdir())
 

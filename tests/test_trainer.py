@@ -19,7 +19,7 @@ from align.stages.objectives import AnswerLoss
 from align.state import complete_states
 from align.steps import measure
 from align.stopping import signals_handled
-from align.streams import RowStream, steps_of
+from align.streams import RowStream
 from align.trainer import Task, train
 
 
@@ -118,7 +118,7 @@ def test_each_epoch_has_every_row_once_and_batches_cross_its_seam() -> None:
     stream = RowStream(10, settings(epochs=3.0, batch_size=4), seed=1)
     batches = list(stream)
     flat = [row for batch in batches for row in batch]
-    assert len(batches) == len(stream) == steps_of(10, settings(epochs=3.0)) == 8
+    assert len(batches) == len(stream) == settings(epochs=3.0).steps(10) == 8
     assert [sorted(flat[start : start + 10]) for start in (0, 10, 20)] == [list(range(10))] * 3
     assert flat[:10] != flat[10:20]
     assert flat == [row for batch in RowStream(10, settings(epochs=3.0), seed=1) for row in batch]

@@ -257,9 +257,7 @@ def _done(workshop: Workshop, stages: Sequence[str], force: Sequence[str]) -> li
         if processes == 1:
             return run_recipe(workshop, progress, stages, force)
         refuse_too_many(processes)
-        register_data(
-            workshop, [entry.name for entry in planned]
-        )  # here, so that the first process need not do it again
+        register_data(workshop, [entry.name for entry in planned])  # so that the first process need not do it again
     request = Request(workshop.written, workshop.folder, workshop.registry.home, tuple(stages), tuple(force))
     done: list[Done] = run_apart(request, processes)
     return done

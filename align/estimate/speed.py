@@ -16,7 +16,6 @@ from align.estimate.critique import request_tokens
 from align.estimate.ppo import Scorer, value_kind
 from align.estimate.rows import Rows
 from align.estimate.shape import Shape
-from align.estimate.training import steps_of
 from align.recipe.critique_settings import CritiqueWork
 from align.recipe.ppo_settings import PpoSettings
 from align.recipe.training_settings import TrainingSettings
@@ -27,10 +26,8 @@ RECOMPUTED = 4 / 3  # of the work of a step, with gradient checkpointing
 
 def training_seconds(settings: TrainingSettings, shape: Shape, rows: Rows) -> float:
     """Of all optimiser steps. What the two sides of a pair share is computed once."""
-    seen = settings.epochs * rows.count
-    if settings.max_steps:
-        seen = min(seen, steps_of(settings, rows) * settings.batch_size)
-    return _seconds(_passes(settings) * shape.parameters * seen * rows.mean * rows.computed)
+    tokens = settings.rows_seen(rows.count) * rows.mean * rows.computed
+    return _seconds(_passes(settings) * shape.parameters * tokens)
 
 
 def ppo_seconds(settings: PpoSettings, shape: Shape, rows: Rows, scorers: Sequence[Scorer]) -> float:

@@ -11,7 +11,6 @@ The peak is the largest of them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -92,7 +91,7 @@ class Learner:
         While the loss is computed all activations are there, and at the end of the backward pass all gradients. Where a
         step has several micro-batches, the gradients of the first are there in all others.
         """
-        step = share * rows.step_tokens(self.settings.batch_size, steps_of(self.settings, rows))
+        step = share * rows.step_tokens(self.settings.batch_size, self.settings.steps(rows.count))
         several = step > self.settings.batch_tokens
         tokens = max(self.settings.batch_tokens, rows.longest) if several else step
         micro_batch = self.micro_batch(tokens * rows.computed, tokens * rows.predicted) + self._gathered
@@ -133,12 +132,6 @@ class Learner:
         if self.settings.adapter is not None or not self.half:
             return 0.0
         return HALF * (self.parameters if self.head else self.shape.block_parameters)
-
-
-def steps_of(settings: TrainingSettings, rows: Rows) -> int:
-    """Optimiser steps of a run, as trainer.steps_of counts them."""
-    steps = math.ceil(max(1, round(settings.epochs * rows.count)) / settings.batch_size)
-    return min(steps, settings.max_steps or steps)
 
 
 def training_phases(

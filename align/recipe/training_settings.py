@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -125,6 +126,15 @@ class TrainingSettings(StageSettings):
         if self.learning_rate is not None:
             return self.learning_rate
         return round(PEAK_LEARNING_RATE[self.kind] * (ADAPTER_FACTOR if self.adapter else 1), 12)
+
+    def rows_seen(self, rows: int) -> int:
+        """Rows of a whole run over so many training rows: all epochs together, one at least, unless max_steps ends it."""
+        return min(max(1, round(self.epochs * rows)), self.steps(rows) * self.batch_size)
+
+    def steps(self, rows: int) -> int:
+        """Optimiser steps of a whole run over so many training rows."""
+        steps = math.ceil(max(1, round(self.epochs * rows)) / self.batch_size)
+        return min(steps, self.max_steps or steps)
 
     @model_validator(mode="after")
     def _quantized_needs_adapter(self) -> TrainingSettings:
