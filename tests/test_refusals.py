@@ -7,6 +7,7 @@ import gzip
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NoReturn
 
 import pytest
@@ -15,7 +16,7 @@ import zstandard
 from align.constitution import Constitution
 from align.data import packed, text_files
 from align.data.sources import find_source, read_rows
-from align.errors import FEW_NAMED, AlignError, Interrupted, did_you_mean, of_the_file_system
+from align.errors import FEW_NAMED, AlignError, Interrupted, StageFailed, did_you_mean, of_the_file_system
 from align.judge import Judge
 from align.plan import plan
 from align.progress import Progress
@@ -173,3 +174,22 @@ def test_an_array_that_memory_would_have_to_hold_has_a_limit(
     monkeypatch.setattr(text_files, "MAX_ARRAY_BYTES", len(array) - 1)
     with pytest.raises(AlignError, match=rf"rows\.{ending}: an array of more than"):
         list(read_rows(source))
+
+
+# A report that cannot be written ------------------------------------------------------------------------------------------
+
+
+def test_a_report_that_cannot_be_written_says_that_the_stages_are_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from align.cli.run import _write_report
+
+    def full(*_: object) -> NoReturn:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("align.report.page.write_report", full)
+    with pytest.raises(
+        StageFailed, match=r"the stages are done, but the report .*page.html cannot be written: No space"
+    ) as failed:
+        _write_report(SimpleNamespace(registry=None, recipe=SimpleNamespace(name="x")), tmp_path / "page.html")
+    assert "align report RECIPE --out FILE" in failed.value.hint

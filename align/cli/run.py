@@ -264,11 +264,18 @@ def _done(workshop: Workshop, stages: Sequence[str], force: Sequence[str]) -> li
 
 
 def _write_report(workshop: Workshop, out: Path | None) -> Path:
+    from align.errors import StageFailed
     from align.report.page import write_report
 
     page = out or workshop.registry.home / "reports" / f"{workshop.recipe.name}.html"
-    page.parent.mkdir(parents=True, exist_ok=True)
-    write_report(workshop.registry, workshop.recipe.name, page)
+    try:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        write_report(workshop.registry, workshop.recipe.name, page)
+    except OSError as error:
+        said = f"the stages are done, but the report {page} cannot be written: {error.strerror}"
+        raise StageFailed(
+            said, "`align report RECIPE --out FILE` writes it elsewhere; nothing is trained again."
+        ) from error
     return page
 
 
