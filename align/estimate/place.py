@@ -18,7 +18,7 @@ from align.machine import this_machine
 # Resident without any model: 649 MiB with all that a stage imports, and 26 of kernels paged in by its first step (measured
 # on Linux with torch 2.13 for CPUs).
 LIBRARIES_BYTES = 675 * 2**20
-WRITERS_BYTES = 600 * 2**20  # where nothing trains (measured as the least that a critique stage took)
+WRITERS_BYTES = 450 * 2**20  # where nothing trains (measured as the least that a critique stage took)
 # Heap that lies idle between the blocks in use once micro-batches of several sizes have gone through it: freed memory is
 # kept (allocator.py), and the blocks of one do not fit into the gaps of another. A share of what is in use, and, where
 # logits come and go in chunks, so many times what a chunk takes: more beside the small blocks of adapters, whose own chunks
