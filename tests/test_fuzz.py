@@ -153,7 +153,7 @@ def changed(draw: Any, tree: Any) -> Any:
             case "replace":
                 holder[last] = draw(JSON)
             case "nasty":
-                holder[last] = draw(NASTY)
+                holder[last] = copy.deepcopy(draw(NASTY))  # the next change may fall into it
             case "remove":
                 del holder[last]
             case "wrap":
