@@ -2,8 +2,10 @@
 
     AlignError            exit 2   the user's input: what is wrong, where, what to do
     ├── StageFailed       exit 1   the work itself failed (loss not finite, disk full)
-    ├── CheckFailed       exit 3   a check that the user asked for did not hold (parity, verify)
-    └── Interrupted       exit 130 or 143   stopped by a signal, state saved
+    └── CheckFailed       exit 3   a check that the user asked for did not hold (parity, verify)
+
+Interrupted, exit 129, 130 or 143, stands apart: stopped by a signal, state saved. It can come out of any line, so it is no
+Exception, or whoever looks for a failure there would take it for one.
 
 Anything else that reaches the command line is a bug of ours and shows its traceback.
 """
@@ -15,10 +17,8 @@ import errno
 from collections.abc import Iterable
 
 
-class AlignError(Exception):
-    """A problem that the user can mend. `hint` says how; it may be empty."""
-
-    exit_code = 2
+class _InWords(BaseException):
+    """What ends a command in words: what it was, and a hint, which may be empty."""
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
@@ -27,6 +27,12 @@ class AlignError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message}\n  {self.hint}" if self.hint else self.message
+
+
+class AlignError(_InWords, Exception):
+    """A problem that the user can mend. `hint` says how."""
+
+    exit_code = 2
 
 
 class StageFailed(AlignError):
@@ -41,8 +47,8 @@ class CheckFailed(AlignError):
     exit_code = 3
 
 
-class Interrupted(AlignError):
-    """Stopped by a signal (2 or 15), with the state of the last complete step saved."""
+class Interrupted(_InWords):
+    """Stopped by a signal (1, 2 or 15), with the state of the last complete step saved."""
 
     def __init__(self, signal_number: int, message: str, hint: str = "") -> None:
         super().__init__(message, hint)

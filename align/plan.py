@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from align.origins import Weights, Workshop
 
 Action = Literal["run", "reuse", "resume", "skip"]
+ENDED = {"interrupted": "was stopped", "failed": "failed", "crashed": "crashed"}  # what a run did before its end
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,10 @@ def _planned(workshop: Workshop, name: str, products: Products, forced: bool) ->
         why = f"made on {found.created[:16]}, nothing changed"
         return PlannedStage(name, stage.kind, "reuse", why, key, NOTHING, found)
     cost = estimate(workshop, name)
-    if workshop.registry.resumable(key) is not None and not forced:
-        return PlannedStage(name, stage.kind, "resume", "was stopped; goes on from its last saved state", key, cost)
+    begun = workshop.registry.resumable(key)
+    if begun is not None and not forced:
+        why = f"{ENDED[begun.status]}; goes on from its last saved state"
+        return PlannedStage(name, stage.kind, "resume", why, key, cost)
     why = "forced" if forced else _why_new(workshop, name, weights)
     return PlannedStage(name, stage.kind, "run", why, key, cost)
 
@@ -152,7 +155,7 @@ def _why_new(workshop: Workshop, name: str, weights: Weights) -> str:
     found = differences({part: before.get(part) for part in now}, now)
     changed = "changed: " + ", ".join(found[:3])
     if stopped:
-        return f"run {stopped.id} was stopped, and since then {changed}" if found else "not made yet"
+        return f"run {stopped.id} {ENDED[stopped.status]}, and since then {changed}" if found else "not made yet"
     return changed if found else "made otherwise"
 
 

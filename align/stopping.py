@@ -1,7 +1,8 @@
-"""Ctrl-C and SIGTERM: the first asks to stop at the next step boundary, the second stops now.
+"""Ctrl-C, SIGTERM and SIGHUP: the first asks to stop at the next step boundary, the second stops now.
 
 Work that can save its state runs inside `stops_at_boundary()` and looks at `stop_requested()`; anywhere else the first
-signal raises Interrupted at once, since nothing there needs saving.
+signal raises Interrupted at once, since nothing there needs saving. A terminal that closes may send SIGHUP twice, by the
+shell and by the system: only its first counts.
 """
 
 from __future__ import annotations
@@ -16,6 +17,12 @@ from align.errors import Interrupted
 _requested = 0
 _adopted = 0  # of another process: not a first signal to this one
 _at_boundary = False
+
+
+def stopping_signals() -> list[signal.Signals]:
+    """Those that stop a run: not SIGHUP where nohup, or whoever else started us, has it ignored."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [signal.SIGINT, signal.SIGTERM, *([] if ignored else [signal.SIGHUP])]
 
 
 def stop_requested() -> int:
@@ -42,10 +49,10 @@ def stops_at_boundary() -> Iterator[None]:
 
 @contextmanager
 def signals_handled() -> Iterator[None]:
-    """Handle SIGINT and SIGTERM in this block as the module says."""
+    """Handle the stopping signals in this block as the module says."""
     global _requested, _adopted
     _requested = _adopted = 0
-    before = {number: signal.signal(number, _handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, _handle) for number in stopping_signals()}
     try:
         yield
     finally:
@@ -56,6 +63,8 @@ def signals_handled() -> Iterator[None]:
 
 def _handle(number: int, _frame: FrameType | None) -> None:
     global _requested
+    if number == signal.SIGHUP and _requested:
+        return
     again, _requested = bool(_requested), number
     if again or not _at_boundary:
         raise Interrupted(number, f"stopped by {signal.Signals(number).name}", "The same command starts where it can.")

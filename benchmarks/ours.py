@@ -27,11 +27,11 @@ def main() -> None:
     parser.add_argument("what", choices=["prepare", "train", "bare", "matrix"])
     parser.add_argument("--work", required=True)
     options = parser.parse_args()
-    from align.allocator import keep_freed_memory
+    from align.allocator import begin_tuned
     from align.quiet import quiet_libraries
 
     quiet_libraries()
-    keep_freed_memory()
+    begin_tuned()
     import torch
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from align.errors import AlignError
+from align.errors import AlignError, Interrupted
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
@@ -51,7 +51,7 @@ def _child(folder: Path, rank: int, work: Callable[..., Any], arguments: tuple[A
     torch.set_num_threads(1)
     try:
         result = work(rank, *arguments)
-    except AlignError as error:
+    except (AlignError, Interrupted) as error:
         result = Failure(type(error).__name__, error.exit_code, error.message)
     except Exception as error:
         traceback.print_exc()

@@ -249,7 +249,7 @@ def test_the_error_is_that_of_the_process_that_failed_by_itself(
         ended_with(lost, None)
     assert "what it said last" in failure.value.hint
     stopped = Told(message="stopped by SIGINT", exit_code=130)
-    with pytest.raises(AlignError) as interrupted:
+    with pytest.raises(Interrupted) as interrupted:
         ended_with(stopped, stopped)
     assert interrupted.value.exit_code == 130
 

@@ -33,14 +33,22 @@ GOOD = b'{"prompt": "a", "completion": "b"}\n'
 # A run that was stopped --------------------------------------------------------------------------------------------------
 
 
-class StopsAtOnce(Progress):
-    """As a signal would when the stage begins to work."""
+class EndsAtOnce(Progress):
+    """As a signal or a failure would when the stage begins to work."""
+
+    def __init__(self, end: BaseException) -> None:
+        self.end = end
 
     def bar(self, title: str, total: float) -> NoReturn:
-        raise Interrupted(15, f"stopped in {title}, of {total}")
+        raise self.end
 
 
-def test_a_plan_says_what_has_changed_since_a_run_was_stopped(tiny_llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("end", "said"), [(Interrupted(15, "stopped"), "was stopped"), (StageFailed("the loss is nan"), "failed")]
+)
+def test_a_plan_says_what_has_changed_since_a_run_ended_too_early(
+    end: BaseException, said: str, tiny_llama: Path, tmp_path: Path
+) -> None:
     bench = bench_in(tmp_path, tiny_llama)
     few = ("stages.sft.log_steps=1", "stages.sft.epochs=1")
 
@@ -49,11 +57,11 @@ def test_a_plan_says_what_has_changed_since_a_run_was_stopped(tiny_llama: Path, 
         return stage.action, stage.why
 
     assert planned() == ("run", "not made yet")
-    with pytest.raises(Interrupted):
-        run_recipe(bench.workshop(*few), StopsAtOnce(), stages=["sft"])
+    with pytest.raises(type(end)):
+        run_recipe(bench.workshop(*few), EndsAtOnce(end), stages=["sft"])
     (run,) = bench.workshop().registry.all_runs()
-    assert planned()[0] == "resume"
-    why = f"run {run.id} was stopped, and since then changed: settings.warmup 0.03 -> 0.5"
+    assert planned() == ("resume", f"{said}; goes on from its last saved state")
+    why = f"run {run.id} {said}, and since then changed: settings.warmup 0.03 -> 0.5"
     assert planned("stages.sft.warmup=0.5") == ("run", why)
 
 

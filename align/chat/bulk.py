@@ -167,7 +167,8 @@ _worker: Encoder
 
 def _begin(tokenizer: Any, policy: dict[str, Any]) -> None:
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
+    for number in (signal.SIGINT, signal.SIGHUP):  # the parent stops its workers
+        signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a core each
     _worker = Encoder(tokenizer, **policy)
 

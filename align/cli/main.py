@@ -1,11 +1,10 @@
 """The command line: parse, one call, echo. Nothing heavy is imported before a command needs it.
 
-An AlignError ends with its own exit code and no traceback; anything else is a bug of ours and shows one.
+An AlignError, or a signal, ends with its own exit code and no traceback; anything else is a bug of ours and shows one.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 import sys
@@ -14,7 +13,7 @@ from typing import NoReturn
 import click
 
 from align import __version__
-from align.allocator import keep_freed_memory
+from align.allocator import begin_tuned
 from align.cli.checkpoints import checkpoints_group
 from align.cli.critique import critique_command
 from align.cli.data import data_group
@@ -24,8 +23,9 @@ from align.cli.report import report_command
 from align.cli.run import check_command, plan_command, run_command, stage_commands
 from align.cli.runs import runs_group
 from align.cli.use import chat_command, eval_command, generate_command, score_command
-from align.errors import AlignError, of_the_file_system
+from align.errors import AlignError, Interrupted, of_the_file_system
 from align.quiet import quiet_libraries
+from align.standard_streams import outlive_readers
 from align.torchless import OWN_PROCESS
 
 COMMANDS = [
@@ -47,6 +47,12 @@ COMMANDS = [
     recipe_group,
     doctor_command,
 ]
+COMPUTING = {
+    command.name for command in (
+        run_command, *stage_commands, critique_command, generate_command, chat_command, score_command, eval_command,
+        merge_command,
+    )
+}  # fmt: skip
 
 
 class _InOrder(click.Group):
@@ -75,10 +81,12 @@ def main() -> None:
     """Entry point of the `align` command."""
     keep_others_out()
     quiet_libraries()
-    keep_freed_memory()
+    if sys.argv[1:2] and sys.argv[1] in COMPUTING:
+        begin_tuned()
+    outlive_readers()
     try:
         cli.main(standalone_mode=False, obj=OWN_PROCESS)
-    except AlignError as error:
+    except (AlignError, Interrupted) as error:
         _end_with(error)
     except click.ClickException as error:
         error.show()
@@ -87,16 +95,13 @@ def main() -> None:
         click.echo("stopped", err=True)
         sys.exit(130)
     except OSError as error:
-        if error.errno == errno.EPIPE:  # the reader went away; nothing is left to say
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(0)
         known = of_the_file_system(error)
         if known is None:
             raise
         _end_with(known)
 
 
-def _end_with(error: AlignError) -> NoReturn:
+def _end_with(error: AlignError | Interrupted) -> NoReturn:
     from align.registry.references import printable
 
     click.secho(f"error: {printable(error.message)}", fg="red", err=True)

@@ -24,10 +24,12 @@ from align.errors import AlignError, Interrupted, StageFailed
 from align.machine import this_machine
 from align.parallel.crew import MEETING
 from align.recipe.settings import Recipe
+from align.stopping import stopping_signals
 
 LIFELINE = "ALIGN_LIFELINE"  # descriptor of a pipe that ends when the process that started us does
 GRACE_SECONDS = 20  # for the others, when one has ended
 LAST_LINES = 15
+SIGNALLED = 128  # an exit code above it is this and the signal's number
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,9 @@ def _result(ended: Sequence[_Process], signals: Sequence[int]) -> Any:
     raise _error(failed[0])
 
 
-def _error(told: Told) -> AlignError:
+def _error(told: Told) -> AlignError | Interrupted:
+    if told.exit_code > SIGNALLED:
+        return Interrupted(told.exit_code - SIGNALLED, told.message, told.hint)
     error = AlignError(told.message, told.hint)
     error.exit_code = told.exit_code
     return error
@@ -172,7 +176,7 @@ def _lifeline() -> Iterator[int]:
 
 @contextmanager
 def _passing_on(running: Sequence[_Process]) -> Iterator[list[int]]:
-    """In this block SIGINT and SIGTERM are the processes' concern: each gets each of them once. Yields those that came."""
+    """In this block the stopping signals are the processes' concern: each gets each of them once. Yields those that came."""
     came: list[int] = []
 
     def handle(number: int, _frame: FrameType | None) -> None:
@@ -181,7 +185,7 @@ def _passing_on(running: Sequence[_Process]) -> Iterator[list[int]]:
             if process.popen.poll() is None:
                 process.popen.send_signal(number)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, handle) for number in stopping_signals()}
     try:
         yield came
     finally:

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align.allocator import keep_freed_memory
-from align.errors import AlignError
+from align.errors import AlignError, Interrupted
 from align.launch.processes import LIFELINE, Request, Told
 from align.parallel.crew import Crew, CrewLost, crew, jobs
 from align.quiet import quiet_libraries
+from align.standard_streams import outlive_readers
 from align.stopping import signals_handled, stops_at_boundary
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def follow(member: Crew) -> None:
 def main(folder: Path) -> int:
     """Does what the request in `folder` asks for and leaves there how it went. Returns the exit code."""
     quiet_libraries()
-    keep_freed_memory()
+    outlive_readers()
     _end_with_our_starter(int(os.environ.pop(LIFELINE)))
     member = crew()
     assert member is not None, "whoever starts this says which process it is"
@@ -59,7 +59,7 @@ def main(folder: Path) -> int:
     try:
         with signals_handled():  # also while libraries are imported
             told = Told(_done(request, member))
-    except AlignError as error:
+    except (AlignError, Interrupted) as error:
         told = Told(None, error.message, error.hint, error.exit_code, isinstance(error, CrewLost))
     aside = folder / f"aside-{member.rank}"
     aside.write_bytes(pickle.dumps(told))

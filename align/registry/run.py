@@ -188,7 +188,7 @@ class Run:
         from align.registry.schema import runs
 
         status = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
-        message = error.message if isinstance(error, AlignError) else f"{type(error).__name__}: {error}"
+        message = error.message if isinstance(error, AlignError | Interrupted) else f"{type(error).__name__}: {error}"
         with suppress(AlignError):  # a full disk has no room for its own story
             self.log(f"{status}: {message}")
         with self._database.write() as connection:
