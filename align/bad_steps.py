@@ -19,7 +19,8 @@ class StepWatch:
 
     def __init__(self, settings: TrainingSettings) -> None:
         self.settings = settings
-        self.skipped = 0
+        self.good = self.skipped = 0
+        self._first = ""  # what was wrong with the first step that was skipped
         self._norms: dict[str, list[float]] = {}  # of the last good steps, by name
 
     def fault(self, loss: float, norms: Mapping[str, float]) -> str:
@@ -35,7 +36,8 @@ class StepWatch:
         return ""
 
     def passed(self, norms: Mapping[str, float]) -> None:
-        """A good step: what it says of the usual."""
+        """A good step: counted, with what it says of the usual."""
+        self.good += 1
         if self.settings.exploding_norm is not None:
             for what, value in norms.items():
                 self._norms[what] = [*self._norms.get(what, []), value][-WINDOW:]
@@ -49,11 +51,23 @@ class StepWatch:
                 "Look at the rows, lower learning_rate, or use precision: float32.",
             )
         self.skipped += 1
+        self._first = self._first or said
+
+    def require_good_steps(self) -> None:
+        """Raises StageFailed for a run whose steps, now that it has ended, were skipped more often than not."""
+        if self.skipped > self.good:
+            most = "no step was good" if not self.good else "more than half of its steps were bad"
+            raise StageFailed(
+                f"{self.skipped} of {self.good + self.skipped} steps were skipped (bad_steps: skip), so what was trained is "
+                f"not kept: {most}. The first: {self._first}",
+                "Look at the rows, lower learning_rate, or use precision: float32.",
+            )
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs."""
-        return {"skipped": self.skipped, "norms": self._norms}
+        return {"good": self.good, "skipped": self.skipped, "first": self._first, "norms": self._norms}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """The state that `state` gave."""
-        self.skipped, self._norms = state["skipped"], dict(state["norms"])
+        self.good, self.skipped, self._first = state["good"], state["skipped"], state["first"]
+        self._norms = dict(state["norms"])

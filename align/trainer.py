@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from align.bad_steps import StepWatch
+from align.bad_steps import StepWatch, require_finite
 from align.errors import Interrupted, lacks_memory
 from align.memory import Budget, out_of_memory
 from align.models.folders import quiet
@@ -90,8 +90,8 @@ def train(task: Task, progress: Progress) -> Trained:
     """Train the model in place, going on from the last complete state if there is one.
 
     Other processes of this run join in where the stage allows it; they leave it here, with Released. Raises StageFailed
-    for a step that must not be taken, or that does not fit into memory, where the settings do not say otherwise;
-    Interrupted when a signal asked to stop.
+    for a step that must not be taken, or that does not fit into memory, where the settings do not say otherwise, for a run
+    whose steps were mostly bad, and for a held-out number that is not finite; Interrupted when a signal asked to stop.
     """
     stream = task.stream or RowStream(len(task.rows), task.settings, task.seed)
     sharing = sharing_of(task.model)
@@ -111,6 +111,7 @@ def train(task: Task, progress: Progress) -> Trained:
             f"stopped by {signal.Signals(number).name} after step {trainer.state.global_step} of {len(stream)}; its state is saved",
             "The same command goes on from there.",
         )
+    trainer.watch.require_good_steps()
     sharing.finish()
     return trainer.trained
 
@@ -142,6 +143,7 @@ class _StepTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
             sharing, task.objective, task.settings, self.budget, self.watch, frozenset(task.own_rates), progress.note
         )
         self._step: Step | None = None
+        self._left_out = False  # whether the last step was skipped
         self._sums: Counter[str] = Counter()
         self._weight = 0.0
         self._losses: list[float] = []  # of the steps that learnt something
@@ -165,7 +167,9 @@ class _StepTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
     def training_step(self, model: nn.Module, inputs: list[tuple[int, Any]], num_items_in_batch: Any = None) -> Tensor:
         model.train()
         numbers, rows = [number for number, _ in inputs], [row for _, row in inputs]
+        skipped = self.watch.skipped
         self._step = step = self._stepper.make(numbers, rows, self.state.global_step + 1)
+        self._left_out = self.watch.skipped > skipped
         if step is None:
             self.bar.advance(1)
             return torch.zeros((), device=self.args.device)
@@ -181,12 +185,15 @@ class _StepTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
         return self._step.norms.get("gradient norm", 0.0) if self._step else 0.0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
+        if logs.pop("loss", None) is not None:
             sums = self.sharing.merged(self._sums)
             means = {name: total / self._weight for name, total in sums.items()} if self._weight else {}
             now = time.perf_counter()
-            loss = sum(self._losses) / len(self._losses) if self._losses else 0.0
-            logs = {**logs, "loss": loss, **means, "tokens_per_second": self._tokens / (now - self._since)}
+            if self._losses:
+                logs["loss"] = sum(self._losses) / len(self._losses)
+            if self._left_out:  # its gradient was no number, and 0 would be a false one
+                logs.pop("grad_norm", None)
+            logs |= {**means, "tokens_per_second": self._tokens / (now - self._since)}
             logs |= {name: value for name, value in vars(self.trained).items() if value and name != "steps"}
             self._sums, self._weight, self._losses = Counter(), 0.0, []
             self._tokens, self._since = 0, now
@@ -198,6 +205,7 @@ class _StepTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
         began, task = time.perf_counter(), self.task
         numbers = measure(self.model, task.objective, task.held_out, task.settings, self.sharing, self.budget)
         self._since += time.perf_counter() - began  # not a time in which tokens are trained
+        require_finite(numbers, f"after step {self.state.global_step}")
         self.progress.metrics(self.state.global_step, {f"eval.{name}": value for name, value in numbers.items()})
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

@@ -31,7 +31,7 @@ from peers.work import SHAPES, instruction_rows, preference_rows, prompt_rows
 
 from align.machine import this_machine
 
-# cases that IDLE_HEAP, IDLE_CHUNKS and WRITERS_BYTES of align/estimate/place.py were fitted to; the others test them
+# cases that LIBRARIES_BYTES, IDLE_HEAP, IDLE_HEAP_ADAPTED and WRITERS_BYTES of align/estimate/place.py were fitted to; the others test them
 FITTED = {
     "sft-1m", "sft-1m-large", "sft-15m", "sft-15m-large", "sft-15m-one", "sft-15m-auto", "sft-15m-checkpointing",
     "sft-60m", "sft-135m", "lora-1m", "lora-15m", "lora-15m-auto", "lora-60m-auto", "nf4-15m", "dpo-1m", "dpo-15m",
@@ -334,9 +334,10 @@ LEFT_OUT = [
     ) + ". Weights are random, so every answer is as long as it may be.",
     "",
     "Resident memory is more than what is in use: freed memory is kept by the allocator, in gaps between blocks of several "
-    "sizes. How much that is cannot be counted; it is fitted to the rows marked so (`IDLE_HEAP` and "
-    "`IDLE_CHUNKS` in align/estimate/place.py), and the others test it. All else is counted: weights, gradients, the optimiser's state, what autograd keeps of each "
-    "token (held against autograd itself by tests/test_estimate.py), logits, caches.",
+    "sizes. How much that is cannot be counted; it is fitted to the rows marked so (`IDLE_HEAP` and `IDLE_HEAP_ADAPTED` in "
+    "align/estimate/place.py), and the others test it. All else is counted: weights, gradients, the optimiser's state, what "
+    "autograd keeps of each token (held against autograd itself by tests/test_estimate.py), logits, caches. It holds for the "
+    "allocator as `align` sets it (align/allocator.py); with `ALIGN_ALLOCATOR=system`, or without glibc, the gaps are others.",
     "",
     "Not measured: any GPU (there the prediction is of the GPU's memory alone, and its rules have not met one), models of "
     "more than 135 million weights, architectures other than Llama's, vLLM, `adamw_8bit`, more than two processes.",

@@ -189,9 +189,9 @@ def test_a_chunk_of_logits_is_as_large_as_the_head_makes_it() -> None:
     assert plain_head.BLOCK == BLOCK
     frozen, trained, mixed = Head(1000, False), Head(1000, True, trains=True), Head(1000, True, plain=False)
     assert (frozen.working(100), frozen.working(2**20)) == (4 * 100 * 1000, 4 * LOGITS_AT_ONCE)
-    assert (trained.working(100), trained.idle(100)) == (4 * 100 * 1000, 0)  # in float32, a block at a time
-    assert trained.idle(2**20) == trained.working(2**20) == LOGITS_KEPT_BYTES + 4 * BLOCK
-    assert mixed.idle(2**20) == 5 * 4 * LOGITS_AT_ONCE
+    assert trained.working(100) == 4 * 100 * 1000  # in float32, a block at a time
+    assert trained.working(2**20) == LOGITS_KEPT_BYTES + 4 * BLOCK
+    assert mixed.working(2**20) == 5 * 4 * LOGITS_AT_ONCE
 
 
 def test_a_head_that_caps_or_scales_its_logits_is_not_plain() -> None:

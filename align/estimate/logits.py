@@ -39,10 +39,6 @@ class Head:
         chunk = 0.0 if self.kept(tokens) else self._width * min(numbers, at_once)
         return chunk + (FLOAT * min(numbers, BLOCK) if self.half else 0.0)
 
-    def idle(self, tokens: float) -> float:
-        """Bytes of a chunk that comes and goes, and leaves its place in the heap; 0 where all logits are kept."""
-        return 0.0 if self.kept(tokens) else self.working(tokens)
-
     @property
     def _width(self) -> int:
         return HALF if self.half and self.plain else FLOAT

@@ -15,16 +15,14 @@ from typing import Literal
 
 from align.machine import this_machine
 
-# Resident without any model: 649 MiB with all that a stage imports, and 26 of kernels paged in by its first step (measured
-# on Linux with torch 2.13 for CPUs).
-LIBRARIES_BYTES = 675 * 2**20
+# Resident without any model: all that a stage imports, kernels paged in by its first step, and ends of huge pages (measured
+# on Linux with torch 2.13 for CPUs, as the next).
+LIBRARIES_BYTES = 640 * 2**20
 WRITERS_BYTES = 450 * 2**20  # where nothing trains (measured as the least that a critique stage took)
 # Heap that lies idle between the blocks in use once micro-batches of several sizes have gone through it: freed memory is
-# kept (allocator.py), and the blocks of one do not fit into the gaps of another. A share of what is in use, and, where
-# logits come and go in chunks, so many times what a chunk takes: more beside the small blocks of adapters, whose own chunks
-# are smaller. Fitted to what docs/memory.md shows.
-IDLE_HEAP = 0.65
-IDLE_CHUNKS, IDLE_CHUNKS_ADAPTED = 1.0, 8.0
+# kept (allocator.py), and the blocks of one do not all fit into the gaps of another. A share of what is in use, more beside
+# the small blocks of adapters. Fitted to what docs/memory.md shows.
+IDLE_HEAP, IDLE_HEAP_ADAPTED = 0.3, 0.5
 DRIVERS = {"cuda": Path("/dev/nvidiactl"), "hip": Path("/dev/kfd")}  # there where a GPU that torch was built for is
 
 
@@ -51,12 +49,11 @@ class Place:
         """Parts that what trains lies in, one in each process."""
         return self.processes if self.strategy == "fsdp" else 1
 
-    def spread(self, used: float, chunk: float = 0.0, *, adapted: bool = False) -> float:
-        """Memory that the `used` bytes of micro-batches take, whose blocks come and go in several sizes. chunk: of logits
-        that do."""
+    def spread(self, used: float, *, adapted: bool = False) -> float:
+        """Memory that the `used` bytes of micro-batches take, whose blocks come and go in several sizes."""
         if self.gpu:
             return used
-        return (1 + IDLE_HEAP) * used + (IDLE_CHUNKS_ADAPTED if adapted else IDLE_CHUNKS) * chunk
+        return (1 + (IDLE_HEAP_ADAPTED if adapted else IDLE_HEAP)) * used
 
 
 def this_place(processes: int = 1, strategy: Literal["ddp", "fsdp"] = "ddp", here: int | None = None) -> Place:

@@ -99,9 +99,7 @@ class Learner:
             micro_batch += copied_keys(self.shape, tokens, checkpointing=self.settings.gradient_checkpointing)
         if not several:
             return self.state + max(micro_batch, self.gradients)
-        chunk = self.logits.idle(tokens * rows.predicted) if self.head else 0.0
-        adapted = self.settings.adapter is not None
-        return self.state + self.gradients + self.place.spread(micro_batch, chunk, adapted=adapted)
+        return self.state + self.gradients + self.place.spread(micro_batch, adapted=self.settings.adapter is not None)
 
     def micro_batch(self, computed: float, predicted: float) -> float:
         """Activations, and the larger of what the loss and what a block take for a moment. predicted: tokens that the head

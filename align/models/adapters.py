@@ -1,7 +1,8 @@
 """LoRA adapters on a frozen base: made, opened, checked, saved, merged. The only importer of peft.
 
 An adapter folder is plain PEFT. Beside its files stands a record of the base that it was trained on, because peft itself
-would put it on any base of the same shape, quantized or not.
+would put it on any base of the same shape, quantized or not. The base has the name that it has on the hub, the path that it
+has outside the registry, or `../ID` where both are checkpoints of one registry.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from align.errors import AlignError, did_you_mean
 from align.models.source import ADAPTER_RECORD, Quantize, Source, weights_sha256
 from align.recipe.training_settings import AdapterSettings
+from align.registry.registration import FOLDERS
 
 NAME = "default"  # peft's own name for the one adapter of a model
 OFF = ""  # for `using`: the base alone
@@ -123,7 +125,7 @@ def save_adapter(model: Any, folder: Path) -> None:
         tensors = _as_plain_lora(tensors, record.pissa_start)
         config.r, config.lora_alpha = 2 * config.r, config.lora_alpha * (2**0.5 if config.use_rslora else 2)
     config.inference_mode, config.init_lora_weights = True, True
-    config.base_model_name_or_path, config.revision = record.base, record.revision
+    config.base_model_name_or_path, config.revision = _named_base(record.base, folder), record.revision
     config.target_modules = sorted(config.target_modules)  # peft keeps a set: its order would change the folder's hash
     config.modules_to_save = sorted(config.modules_to_save or []) or None
     folder.mkdir(parents=True, exist_ok=True)
@@ -132,6 +134,16 @@ def save_adapter(model: Any, folder: Path) -> None:
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     text = {"base_sha256": record.base_sha256, "quantize": record.quantize, "dtype": record.dtype}
     (folder / ADAPTER_RECORD).write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
+
+
+def _named_base(base: str, folder: Path) -> str:
+    """A base as the adapter's own folder names it. One that lies among the checkpoints of the home where the adapter is made
+    is named as seen from there, so that the same work gives the same bytes in every home."""
+    place = Path(base)
+    is_checkpoint = place.is_absolute() and place.parent.name == FOLDERS["checkpoints"]
+    if is_checkpoint and folder.resolve().is_relative_to(place.parent.parent / "runs"):
+        return f"../{place.name}"
+    return base
 
 
 def is_adapted(model: nn.Module) -> bool:

@@ -225,11 +225,12 @@ def _adapter(folder: Path, trust_remote_code: bool) -> Source:
 
 
 def _base_of(folder: Path, config: Json, trust_remote_code: bool) -> Source:
-    """The base that an adapter names: that path, or one beside the adapter (a store that was moved), or a hub id."""
+    """The base that an adapter names: a path as seen from its folder or from here, one beside it (a store that was moved), or
+    a hub id."""
     recorded = str(config.get("base_model_name_or_path") or "")
     if not recorded:
         raise AlignError(f"{folder}: adapter_config.json names no base", "Add its base_model_name_or_path.")
-    for place in (Path(recorded), folder / recorded, folder.resolve().parent / Path(recorded).name):
+    for place in (folder / recorded, Path(recorded), folder.resolve().parent / Path(recorded).name):
         if place.is_dir():
             if (place / "adapter_config.json").is_file():
                 raise AlignError(f"{folder}: its base {place} is an adapter itself", "Merge that one first.")
