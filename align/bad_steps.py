@@ -1,4 +1,5 @@
-"""Which optimiser steps must not be taken: a number that is not finite, or a gradient far above what is usual."""
+"""Which optimiser steps must not be taken: a number that is not finite, or a gradient far above what is usual. And which
+trainings must not be kept: one whose steps were mostly bad, or whose model gives held-out rows no numbers."""
 
 from __future__ import annotations
 
@@ -12,6 +13,9 @@ from align.recipe.settings import TrainingSettings
 
 WINDOW = 100  # good steps whose median says what is usual
 FEWEST = 20  # good steps before any is called unusual
+
+
+HINT = "Look at the rows, lower learning_rate, or use precision: float32."
 
 
 class StepWatch:
@@ -47,8 +51,7 @@ class StepWatch:
         most = self.settings.most_skipped_steps
         if self.skipped == most:
             raise StageFailed(
-                f"{said}; {most} steps before it were skipped, and no more may be (most_skipped_steps)",
-                "Look at the rows, lower learning_rate, or use precision: float32.",
+                f"{said}; {most} steps before it were skipped, and no more may be (most_skipped_steps)", HINT
             )
         self.skipped += 1
         self._first = self._first or said
@@ -60,7 +63,7 @@ class StepWatch:
             raise StageFailed(
                 f"{self.skipped} of {self.good + self.skipped} steps were skipped (bad_steps: skip), so what was trained is "
                 f"not kept: {most}. The first: {self._first}",
-                "Look at the rows, lower learning_rate, or use precision: float32.",
+                HINT,
             )
 
     def state(self) -> dict[str, Any]:
@@ -71,3 +74,10 @@ class StepWatch:
         """The state that `state` gave."""
         self.good, self.skipped, self._first = state["good"], state["skipped"], state["first"]
         self._norms = dict(state["norms"])
+
+
+def require_finite(numbers: Mapping[str, float], when: str) -> None:
+    """Raises StageFailed where a held-out number is not finite: the model that gave it is of no use. when: for people."""
+    for name, value in numbers.items():
+        if not math.isfinite(value):
+            raise StageFailed(f"the held-out {name} is {value} {when}", HINT)

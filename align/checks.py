@@ -14,6 +14,7 @@ from align.data.prepare import prepare
 from align.data.prepared import PreparedData
 from align.errors import AlignError
 from align.launch.job import check_launch
+from align.model_checks import check_weights
 from align.recipe.critique_settings import CritiqueSettings, EndpointCritic
 from align.recipe.graph import topological_order
 from align.recipe.outputs import outputs_in
@@ -61,6 +62,7 @@ def check_recipe(workshop: Workshop) -> list[DataCheck]:
     found = {name: DataCheck(name, data.report.as_dict()) for name, data in prepared.items()}
     for name in topological_order(recipe):
         stage = recipe.stages[name]
+        check_weights(workshop, name)
         check_critique(workshop, name, prepared)
         check_parts(workshop, name)
         if isinstance(stage, TrainingSettings) and stage.data in prepared:
@@ -145,7 +147,9 @@ def check_loggers(log_to: Sequence[str]) -> None:
 
 
 def check_start(workshop: Workshop, name: str, prepared: Mapping[str, PreparedData]) -> None:
-    """Raises AlignError when a stage's lengths or template do not suit the model that the chain starts from."""
+    """Raises AlignError when a stage's lengths or template do not suit the model that the chain starts from, or weights that
+    are there already are not finite."""
+    check_weights(workshop, name)
     stage = workshop.stage(name)
     if isinstance(stage, TrainingSettings):
         desk = _desk(workshop, name, stage)

@@ -66,6 +66,7 @@ NOT_A_PLACE = {
 OF_THE_MACHINE = {
     errno.ENOSPC: "Free some space; what was complete is kept.",
     errno.EDQUOT: "Free some space; what was complete is kept.",
+    errno.EFBIG: "Allow larger files (ulimit -f), or name a disk that takes them; what was complete is kept.",
     errno.EIO: "The disk reports an error: look at it, then try again.",
     errno.EMFILE: "Allow more open files: ulimit -n.",
 }

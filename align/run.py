@@ -19,6 +19,7 @@ from align.data.split import without_questions_of
 from align.errors import AlignError, StageFailed
 from align.fitting import begun_with
 from align.launch.job import check_launch, launched, shared
+from align.model_checks import stage_warnings
 from align.origins import Weights, Workshop, library_versions
 from align.plan import PlannedStage, output_key, plan, planned_stage
 from align.products import Made, Products
@@ -239,6 +240,8 @@ def _execute(
     with begun as run:
         inputs = _inputs(workshop, name, weights, prepared, run)
         module, heard = STAGES[settings.kind], RunProgress(progress, run, settings)
+        for warning in stage_warnings(settings, weights):
+            heard.note(f"warning: {warning}")
         settings = begun_with(workshop, name, heard.note)
         with disk_errors_explained(run.work), shared(workshop, name, module, inputs, heard):
             outcome = import_module(module).run(settings, inputs, run.artifact, heard)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from align.chat.encoded import Encoded, EncodedPair
+from align.errors import StageFailed
 from align.evaluation.numbers import (
     as_metrics,
     calibration,
@@ -162,6 +165,24 @@ def test_kl_is_zero_against_itself_and_positive_against_another(tiny_gpt2):
     assert moved["kl_sequence"].value == pytest.approx(moved["kl"].value * float(logps.tokens.mean()))
     back = kl_numbers(answer_logps(other, rows), logps)
     assert back["kl"].value == pytest.approx(-moved["kl"].value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_numbers_of_a_model_that_gives_none_are_refused_in_words_and_without_a_warning(
+    value, policy, reward, rows, pairs
+):
+    """The fault lies in the row of one token, so that some texts have a number and others have none."""
+    for model, what, numbers in (
+        (policy, "log-probabilities", lambda model: policy_numbers(model, rows)),
+        (reward, "rewards", lambda model: reward_numbers(model, pairs)),
+    ):
+        broken = copy.deepcopy(model)
+        token = next(token for token in rows[1].ids if token not in rows[0].ids)
+        broken.get_input_embeddings().weight.data[token] = value
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(StageFailed, match=rf"{what} that are not finite to \d+ of \d+ rows \(row \d+: nan\)"):
+                numbers(broken)
 
 
 # Reward models -------------------------------------------------------------------------------------------------------

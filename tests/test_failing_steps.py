@@ -18,6 +18,7 @@ from align.errors import Interrupted, StageFailed
 from align.memory import Budget
 from align.progress import Progress
 from align.recipe.settings import KtoLoss
+from align.signs import signs
 from align.stages.objectives import RatedLoss, RatedRow
 from align.state import complete_states
 from align.stopping import signals_handled
@@ -26,7 +27,7 @@ from tests.crew_kit import on_two
 from tests.step_kit import Heard, Odd, noisy
 from tests.test_launch import CHAIN, curves, run_one_of_two
 from tests.test_run import Bench, bench_in
-from tests.test_trainer import settings, task, weights
+from tests.test_trainer import rows, settings, task, weights
 
 NAN, INFINITE = float("nan"), float("inf")
 SKIP = {"bad_steps": "skip", "weight_decay": 0.1}
@@ -113,8 +114,59 @@ def test_more_skipped_steps_than_the_recipe_allows_stop_the_run(tiny_llama: Path
         StageFailed, match=r"the loss is nan at step 4, on training rows \[.*2 steps before it were skip"
     ):
         train(odd_task(tiny_llama, tmp_path, odd, most_skipped_steps=2, **SKIP), Progress())
-    enough = odd_task(tiny_llama, tmp_path / "enough", Odd(loss={1: NAN, 3: NAN, 4: NAN}), most_skipped_steps=3, **SKIP)
+    changes: dict[str, Any] = {"most_skipped_steps": 3, "max_steps": 6, "epochs": 3.0, **SKIP}
+    enough = odd_task(tiny_llama, tmp_path / "enough", Odd(loss={1: NAN, 3: NAN, 4: NAN}), **changes)
     assert train(enough, Progress()).skipped_steps == 3
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        (
+            range(1, 6),
+            r"5 of 5 steps were skipped .*no step was good. The first: the loss is nan at step 1, on training",
+        ),
+        (
+            (2, 4, 5),
+            r"3 of 5 steps were skipped .*more than half of its steps were bad. The first: .* at step 2, on tr",
+        ),
+    ],
+)
+def test_a_run_whose_steps_were_mostly_bad_fails_however_many_may_be_skipped(
+    bad: Any, words: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """Taken up again at its end, it fails in the same words."""
+    for odd in (Odd(loss=dict.fromkeys(bad, NAN)), Odd()):
+        with pytest.raises(StageFailed, match=words) as failure:
+            train(odd_task(tiny_llama, tmp_path, odd, most_skipped_steps=100, **SKIP), Progress())
+        assert "learning_rate" in failure.value.hint
+
+
+def test_what_was_skipped_leaves_no_loss_and_no_gradient_of_0_in_the_log(tiny_llama: Path, tmp_path: Path) -> None:
+    """So there are no signs of a run that had nothing to learn. Step 1 is logged apart, the last one with those before it."""
+    heard = Heard()
+    odd = Odd(loss={1: NAN, 5: NAN})
+    train(odd_task(tiny_llama, tmp_path, odd, max_steps=5, log_steps=2, **SKIP), heard)
+    assert sorted(heard.values["train.loss"]) == [2, 4]
+    assert sorted(heard.values["train.grad_norm"]) == [2, 4]
+    assert heard.values["train.skipped_steps"] == {1: 1.0, 2: 1.0, 4: 1.0, 5: 2.0}
+    assert all(heard.values["train.grad_norm"].values())
+    assert signs("sft", {}, {name: list(values.items()) for name, values in heard.values.items()}) == {}
+
+
+class Unmeasured(Odd):
+    """Not finite where nothing is learnt."""
+
+    def __call__(self, model: nn.Module, rows: Any) -> Any:
+        loss, numbers = super().__call__(model, rows)
+        return (loss if torch.is_grad_enabled() else loss * NAN), numbers
+
+
+def test_a_held_out_number_that_is_not_finite_fails_in_words(tiny_llama: Path, tmp_path: Path) -> None:
+    blind = replace(odd_task(tiny_llama, tmp_path, Unmeasured()), held_out=rows(2))
+    with pytest.raises(StageFailed, match="the held-out loss is nan after step 1") as failure:
+        train(blind, Progress())
+    assert failure.value.hint
 
 
 # Explosions ----------------------------------------------------------------------------------------------------------

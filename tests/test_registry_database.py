@@ -16,7 +16,7 @@ import pytest
 from sqlalchemy import inspect
 
 from align.errors import AlignError
-from align.registry import Registry, schema
+from align.registry import Registry, identity, schema
 from align.registry.database import SqliteDatabase
 from align.registry.migrations import LATEST, MIGRATIONS, migrate
 from align.registry.mounts import network_filesystem
@@ -210,14 +210,66 @@ def test_a_table_that_is_missing_from_a_made_registry_is_not_taken_for_nothing()
         registry._database.read("SELECT tag FROM tags")
 
 
-def test_a_home_that_belongs_to_another_registry_is_refused(align_home: Path) -> None:
-    add_checkpoint(Registry.open())
-    for path in align_home.glob("registry.db*"):
+def lose_database(home: Path) -> None:
+    for path in home.glob("registry.db*"):
         path.unlink()
-    with pytest.raises(AlignError, match="belongs to registry"):
-        Registry.open()
+
+
+@pytest.mark.parametrize("create", [True, False])
+@pytest.mark.parametrize("other", [True, False])
+def test_a_home_whose_database_is_missing_or_another_s_is_refused(
+    align_home: Path, tmp_path: Path, create: bool, other: bool
+) -> None:
+    """By listings too, and no new database is made there."""
+    record = add_checkpoint(Registry.open())
+    lose_database(align_home)
+    if other:
+        Registry.open(tmp_path / "other")
+        for file in (tmp_path / "other").glob("registry.db*"):
+            shutil.copy(file, align_home)
+    found = "the database is registry" if other else "the database is missing or empty"
+    with pytest.raises(AlignError, match=f"belongs to registry .*{found}.*; not in it: 1 of the folders") as refusal:
+        Registry.open(create=create)
+    assert "gc` would remove them" in refusal.value.hint
+    assert (align_home / "registry.db").exists() == other
+    assert record.path.is_dir()
+
+
+@pytest.mark.parametrize("create", [True, False])
+def test_no_database_begins_where_checkpoints_lie_that_it_would_not_know(align_home: Path, create: bool) -> None:
+    """Not even when the mark of the lost one is removed: `gc` would take them for what crashes left."""
+    record = add_checkpoint(Registry.open())
+    lose_database(align_home)
     (align_home / "registry-id").unlink()
-    assert [removal.what for removal in Registry.open().gc(dry_run=True)] == ["leftover", "leftover"]
+    with pytest.raises(AlignError, match="belongs to no registry, and the database does not know 1 of"):
+        Registry.open(create=create).gc()
+    assert record.path.is_dir()
+    assert not (align_home / "registry.db").exists()
+
+
+def test_what_another_process_makes_while_a_home_is_opened_is_not_taken_for_lost(
+    align_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The home was not there when its mark was looked for, and has a checkpoint without a row a moment later."""
+    id_of = identity._id_of
+
+    def late(database: object) -> str:
+        monkeypatch.undo()
+        add_checkpoint(Registry.open(align_home))
+        (align_home / "checkpoints" / "0123456789abcdef").mkdir()
+        return id_of(database)
+
+    monkeypatch.setattr(identity, "_id_of", late)
+    assert len(Registry.open(align_home, create=False).all_checkpoints()) == 1
+
+
+def test_a_home_that_lost_its_mark_alone_gets_it_back(align_home: Path) -> None:
+    add_checkpoint(Registry.open())
+    before = (align_home / "registry-id").read_text()
+    (align_home / "registry-id").unlink()
+    assert len(Registry.open(create=False).all_checkpoints()) == 1
+    assert Registry.open().gc() == []
+    assert (align_home / "registry-id").read_text() == before
 
 
 READER = """

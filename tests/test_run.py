@@ -158,8 +158,38 @@ def test_plain_libraries_open_every_checkpoint(done: Bench) -> None:
 
 
 def test_the_same_recipe_elsewhere_makes_the_same_bytes(done: Bench, tiny_llama: Path, tmp_path: Path) -> None:
-    again = bench_in(tmp_path, tiny_llama).run(stages=["sft"])
-    assert again["sft"][1] == done.workshop().registry.checkpoint("harbour/sft").id
+    """Adapters too, whose folders name their base: another home is another path."""
+    first, again = done.run(stages=["aligned"]), bench_in(tmp_path, tiny_llama).run(stages=["aligned"])
+    assert {name: id_ for name, (_, id_) in again.items()} == {name: id_ for name, (_, id_) in first.items()}
+
+
+def test_an_adapter_in_a_copied_home_rests_on_the_base_in_that_home(
+    done: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also for peft alone, from inside the folder."""
+    from peft import AutoPeftModelForCausalLM
+
+    made = {record.stage: record.path for record in done.workshop().registry.all_checkpoints()}
+    shutil.copytree(done.folder / "home", tmp_path / "home")
+    copied = {name: tmp_path / "home" / "checkpoints" / path.name for name, path in made.items()}
+    base = source_of(copied["aligned"]).base
+    assert base is not None
+    assert base.path == str(copied["sft"].resolve())
+    monkeypatch.chdir(copied["aligned"])
+    opened = AutoPeftModelForCausalLM.from_pretrained(".")
+    assert Path(opened.get_base_model().config._name_or_path).resolve() == copied["sft"].resolve()
+
+
+def test_an_adapter_that_names_the_path_of_its_base_opens(done: Bench, tmp_path: Path) -> None:
+    """As those do that were made before bases were named as seen from the adapter."""
+    made = {record.stage: record.path for record in done.workshop().registry.all_checkpoints()}
+    shutil.copytree(made["adapter"], tmp_path / "adapter")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.chmod(0o644)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(made["sft"])}))
+    row = torch.tensor([[1, 2, 3]])
+    old, new = (load_policy(source_of(folder))(row).logits for folder in (tmp_path / "adapter", made["adapter"]))
+    assert torch.equal(old, new)
 
 
 class SignalAt(Progress):

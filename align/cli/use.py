@@ -6,6 +6,8 @@ Results go to stdout, progress and remarks to stderr; text that a model wrote is
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from align.use.opened import Policy
 
 Command = Callable[..., Any]
+SURROGATE = re.compile("[\ud800-\udfff]")  # Python's stand-in for a byte that is no character here
 SAMPLING_NAMES = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
@@ -73,7 +76,8 @@ def generate_command(
 
     if bool(prompts) == bool(data):
         raise click.UsageError("give --prompt TEXT or --data FILE")
-    settings = Sampling(**sampling)
+    stops = tuple(_utf8(stop, "--stop") for stop in sampling.pop("stop"))
+    settings = Sampling(**sampling, stop=stops)
     asked = _asked(prompts, data, system)
     replies = _policy(checkpoint).answer(asked, settings, _progress())
     if as_json:
@@ -98,10 +102,9 @@ def chat_command(checkpoint: str, system: str | None, **sampling: Any) -> None:
     from align.rollout.generation import Sampling
 
     settings = Sampling(**sampling)
+    start = turns = _turns(system)
     policy = _policy(checkpoint)
     click.echo("/reset forgets the conversation, /quit leaves", err=True)
-    start = _turns(system)
-    turns = start
     while (text := _typed()) != "/quit":
         if text == "/reset":
             turns = start
@@ -263,13 +266,17 @@ def _exchange(policy: Policy, turns: Messages, sampling: Sampling) -> Messages:
 
 def _typed() -> str:
     """The next line of the person, or /quit at the end of input."""
+    line: str | bytes
     try:
         if sys.stdin.isatty():
-            return input("you> ").strip()
-        line = sys.stdin.readline()
+            line = input("you> ") + "\n"
+        else:
+            line = sys.stdin.buffer.readline()
     except EOFError:
         return "/quit"
-    return line.strip() if line else "/quit"
+    except UnicodeDecodeError as error:
+        line = error.object
+    return _utf8(line, "the chat's input").strip() if line else "/quit"
 
 
 # Input and output ----------------------------------------------------------------------------------------------------
@@ -279,14 +286,14 @@ def _asked(prompts: Sequence[str], data: str | None, system: str | None) -> list
     from align.use.rows import prompts_of, read_file
 
     if data is None:
-        return [_turns(system, prompt) for prompt in prompts]
+        return [_turns(system, _utf8(prompt, "--prompt")) for prompt in prompts]
     return [(*_turns(system), *prompt) for prompt in prompts_of(read_file(data), data)]
 
 
 def _turns(system: str | None, prompt: str | None = None) -> Messages:
     from align.data.examples import Message
 
-    before = (Message("system", system),) if system else ()
+    before = (Message("system", _utf8(system, "--system")),) if system else ()
     return before if prompt is None else (*before, Message("user", prompt))
 
 
@@ -306,7 +313,19 @@ def _held_out(reference: str, rows: int | None) -> list[Example]:
 def _standard_input() -> str:
     if sys.stdin.isatty():
         raise click.UsageError("give --data FILE, or rows as JSON lines on standard input")
-    return sys.stdin.read()
+    return _utf8(sys.stdin.buffer.read(), "standard input")
+
+
+def _utf8(given: str | bytes, what: str) -> str:
+    """Text that may hold bytes which the system's encoding could not read, as UTF-8. Raises AlignError when it is not that."""
+    from align.errors import AlignError
+
+    try:
+        if isinstance(given, str) and not SURROGATE.search(given):
+            return given
+        return os.fsencode(given).decode("utf-8")
+    except UnicodeError as error:
+        raise AlignError(f"{what}: not UTF-8 text ({error})", "Convert it to UTF-8.") from error
 
 
 def _progress() -> Progress:

@@ -12,7 +12,7 @@ import tempfile
 import weakref
 from array import array
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, cast, overload
 
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from align.data.examples import Example, example_from_row
 from align.data.likeness import opening_key
-from align.errors import AlignError
+from align.errors import OF_THE_MACHINE, AlignError, StageFailed
 
 Numbers = NDArray[np.int64]  # places of rows
 Keys = NDArray[np.void]  # 16 bytes each
@@ -37,11 +37,17 @@ class LineFile:
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
-        weakref.finalize(self, file.close)
+        weakref.finalize(self, _close, file)
 
     def read(self, start: int, end: int) -> bytes:
         """The bytes between two places."""
         return os.pread(self.file.fileno(), end - start, start)
+
+
+def _close(file: BinaryIO) -> None:
+    """What a full disk leaves unwritten is nobody's any more: the error was told when it was met."""
+    with suppress(OSError):
+        file.close()
 
 
 class Rows(Sequence[Example]):
@@ -157,7 +163,9 @@ def _space_explained() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise AlignError(
+        failed = StageFailed if error.errno in OF_THE_MACHINE else AlignError
+        hint = OF_THE_MACHINE.get(error.errno or 0, "Check its permissions.")
+        raise failed(
             f"rows cannot be written to {tempfile.gettempdir()}: {error.strerror}",
-            "Free some space there, or set TMPDIR to a folder that has more.",
+            f"{hint} Or set TMPDIR to another folder.",
         ) from error

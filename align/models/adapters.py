@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from align.errors import AlignError, did_you_mean
+from align.models.finite import require_finite_weights
 from align.models.source import ADAPTER_RECORD, Quantize, Source, weights_sha256
 from align.recipe.training_settings import AdapterSettings
 from align.registry.registration import FOLDERS
@@ -87,7 +88,8 @@ def add_adapter(model: Any, settings: AdapterSettings, record: AdapterRecord, *,
 def open_adapter(model: Any, source: Source, record: AdapterRecord, *, trainable: bool) -> Any:
     """Puts a saved adapter on its base.
 
-    Raises AlignError when the base is another than the recorded one, or when keys of the adapter fit nothing in it.
+    Raises AlignError when the base is another than the recorded one, when keys of the adapter fit nothing in it, or when
+    its weights are not finite.
     """
     if source.base_sha256 is not None and source.base_sha256 != record.base_sha256:
         raise AlignError(
@@ -95,6 +97,7 @@ def open_adapter(model: Any, source: Source, record: AdapterRecord, *, trainable
             f"(sha256 {source.base_sha256[:12]}, found {record.base_sha256[:12]})",
             "Restore the base that it was trained on.",
         )
+    require_finite_weights(source)
     try:
         with _without_warnings():
             adapted = PeftModel.from_pretrained(model, source.path, is_trainable=trainable)
@@ -106,14 +109,6 @@ def open_adapter(model: Any, source: Source, record: AdapterRecord, *, trainable
     _require_all_keys(adapted, source.path)
     adapted.adapter_record = record
     return adapted
-
-
-def saved_vocabulary(source: Source) -> int:
-    """Rows that the embeddings of an adapter's base need for the tokens that the adapter trained; 0 when it trained none."""
-    config = LoraConfig.from_pretrained(source.path)
-    indices = config.trainable_token_indices or {}
-    lists = indices.values() if isinstance(indices, dict) else [indices]
-    return max((max(ids) + 1 for ids in lists if ids), default=0)
 
 
 def save_adapter(model: Any, folder: Path) -> None:
@@ -285,6 +280,7 @@ def copy_adapter(adapted: Any, name: str, *, trainable: bool) -> None:
 
 def put_reward_adapter(adapted: Any, name: str, source: Source, *, trainable: bool) -> Tensor:
     """Adds a reward model's adapter to a policy on the same base, under a name; returns its score head, (1, H) float32."""
+    require_finite_weights(source)
     config = LoraConfig.from_pretrained(source.path)
     config.task_type, config.modules_to_save = adapted.peft_config[NAME].task_type, None
     tensors = load_peft_weights(source.path, device="cpu")

@@ -15,7 +15,6 @@ from align.models.adapters import (
     is_classifier,
     open_adapter,
     record_of,
-    saved_vocabulary,
     train_in_float32,
 )
 from align.models.folders import load_tokenizer, model_config, open_config
@@ -27,7 +26,7 @@ from align.models.opening import (
     silence_dropout,
 )
 from align.models.rewards import require_head, require_reward, start_head
-from align.models.source import Quantize, Source, located
+from align.models.source import Quantize, Source, located, saved_vocabulary
 from align.recipe.training_settings import AdapterSettings
 
 

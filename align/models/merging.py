@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from align.batches import Batch
 from align.errors import AlignError
-from align.models.adapters import merged, open_adapter, record_of, saved_vocabulary
+from align.models.adapters import merged, open_adapter, record_of
 from align.models.folders import load_tokenizer, open_config
 from align.models.hardware import compute_dtype, width_of
 from align.models.loading import load_policy, load_reward
@@ -27,7 +27,7 @@ from align.models.opening import grow_vocabulary, open_weights
 from align.models.quantized import dequantized_weights
 from align.models.rewards import reward_scores
 from align.models.saving import save_checkpoint
-from align.models.source import Source, located, source_of
+from align.models.source import Source, located, saved_vocabulary, source_of
 
 Into = Literal["original", "dequantized"]
 

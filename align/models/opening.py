@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from align.errors import AlignError
+from align.models.finite import require_finite_weights
 from align.models.folders import errors_of, quiet
 from align.models.hardware import device
 from align.models.quantized import mend_for_cpu, quantization_config
@@ -22,9 +23,10 @@ NEW_HEAD = "score."  # the only weights that a checkpoint may lack: those of a h
 def open_weights(root: Source, *, reward: bool, dtype: torch.dtype, quantize: Quantize | None = None) -> Any:
     """A model in eval mode on this process's device; as a classifier with one label where `reward`.
 
-    Raises AlignError when weights are missing, damaged or of another shape; a causal model opened as a classifier lacks
+    Raises AlignError when weights are missing, damaged, of another shape or not finite; a causal model opened as a classifier lacks
     its head by right, and gets one from the caller.
     """
+    require_finite_weights(root)
     options: dict[str, Any] = {"num_labels": 1} if reward else {}
     if quantize:
         options |= {"quantization_config": quantization_config(quantize, dtype), "device_map": {"": device()}}

@@ -105,7 +105,21 @@ def located(source: Source) -> Source:
 def weights_sha256(source: Source) -> str:
     """Identity of a local model's weights: the hash of the names and contents of its safetensors files."""
     files = sorted(Path(source.path).glob("*.safetensors"))
-    return sha256_json([[file.name, _file_sha256(str(file), *_marks(file))] for file in files])
+    return sha256_json([[file.name, _file_sha256(str(file), *file_marks(file))] for file in files])
+
+
+def weight_files(source: Source) -> list[Path]:
+    """The safetensors files that a local source is loaded from; not those of an adapter's base."""
+    folder, stem = Path(source.path), "adapter_model" if source.is_adapter else "model"
+    index = folder / f"{stem}.safetensors.index.json"
+    return [folder / name for name in (_shards(index) if index.is_file() else [f"{stem}.safetensors"])]
+
+
+def saved_vocabulary(source: Source) -> int:
+    """Rows that the embeddings of an adapter's base need for the tokens that the adapter trained; 0 when it trained none."""
+    indices = read_json(Path(source.path) / "adapter_config.json").get("trainable_token_indices") or {}
+    lists = indices.values() if isinstance(indices, dict) else [indices]
+    return max((max(ids) + 1 for ids in lists if ids), default=0)
 
 
 def read_json(file: Path) -> Json:
@@ -284,7 +298,8 @@ def _refuse_foreign_code(folder: Path, config: Json, trusted: bool) -> None:
         )
 
 
-def _marks(file: Path) -> Sequence[int]:
+def file_marks(file: Path) -> Sequence[int]:
+    """What stays as it is while a file is not written: inode, size and times."""
     status = file.stat()
     return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 

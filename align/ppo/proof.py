@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from align.data.examples import Messages, Question, prompt_of
-from align.errors import StageFailed
+from align.errors import AlignError, StageFailed
 from align.models.source import Source
 from align.ppo.round import Round
 from align.rewards.model import RewardModel, said
@@ -118,5 +118,15 @@ def probe_texts(questions: Sequence[Question]) -> list[tuple[Messages, Messages]
 def outside_scores(
     sources: Mapping[str, Source], probes: Sequence[tuple[Messages, Messages]]
 ) -> dict[str, list[float]]:
-    """What `align score` says of the probes, by reward model; each is opened, asked and let go."""
-    return {name: RewardModel.open(source).score(probes) for name, source in sources.items()}
+    """What `align score` says of the probes, by reward model; each is opened, asked and let go.
+
+    Raises AlignError, naming the reward model, for one that cannot be opened, or gives rewards that are not finite.
+    """
+    found = {}
+    for name, source in sources.items():
+        try:
+            found[name] = RewardModel.open(source).score(probes)
+        except AlignError as error:
+            error.message = f"reward model '{name}': {error.message}"
+            raise
+    return found

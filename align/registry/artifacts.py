@@ -135,6 +135,14 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+NO_ROOM = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EFBIG: "allow larger files (ulimit -f), or set ALIGN_HOME to a disk that takes them",
+}
+WRITERS_WORDS = ("PytorchStreamWriter failed writing", "basic_ios::clear: iostream error")  # torch never says why
+
+
 @contextmanager
 def disk_errors_explained(place: Path) -> Iterator[None]:
     """Turns a full, broken or read-only disk below the block into StageFailed or AlignError; other errors pass."""
@@ -143,9 +151,10 @@ def disk_errors_explained(place: Path) -> Iterator[None]:
     except AlignError:
         raise
     except Exception as error:
-        if _disk_is_full(error):
-            hint = "Nothing was registered and nothing is lost; free some space and resume."
-            raise StageFailed(f"{place} cannot be written: {os.strerror(errno.ENOSPC)}", hint) from error
+        if why := _no_room(error):
+            words, remedy = why
+            hint = f"Nothing was registered and nothing is lost; {remedy} and resume."
+            raise StageFailed(f"{place} cannot be written: {words}", hint) from error
         if not isinstance(error, OSError):
             raise
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -157,11 +166,14 @@ def disk_errors_explained(place: Path) -> Iterator[None]:
         raise
 
 
-def _disk_is_full(error: BaseException | None) -> bool:
-    """Whether an error, or what it came of, is a full disk. Writers of tensors only say so in words."""
+def _no_room(error: BaseException | None) -> tuple[str, str] | None:
+    """What a disk has no room for, and what to do, where an error, or what it came of, is that. Writers of tensors only say
+    so in words."""
     if error is None:
-        return False
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    told = (os.strerror(errno.ENOSPC), "PytorchStreamWriter failed writing", "basic_ios::clear: iostream error")
-    return any(words in str(error) for words in told) or _disk_is_full(error.__cause__ or error.__context__)
+        return None
+    for number, remedy in NO_ROOM.items():
+        if (isinstance(error, OSError) and error.errno == number) or os.strerror(number) in str(error):
+            return os.strerror(number), remedy
+    if any(words in str(error) for words in WRITERS_WORDS):
+        return "the disk is full, or files may not be that large (ulimit -f)", "make room"
+    return _no_room(error.__cause__ or error.__context__)

@@ -12,7 +12,7 @@ from align.registry import cleanup, queries
 from align.registry.artifacts import NEW, discard, disk_errors_explained, problems
 from align.registry.database import PostgresDatabase, SqliteDatabase
 from align.registry.hashing import folder_manifest
-from align.registry.identity import check_identity
+from align.registry.identity import check_identity, tie
 from align.registry.lineage import children_of
 from align.registry.migrations import LATEST, migrate, refuse_newer
 from align.registry.reader import Reader
@@ -35,7 +35,7 @@ class Registry(Reader):
         """The registry of `home` (default: ALIGN_HOME, else .align here) and `url` (default: ALIGN_REGISTRY_URL).
 
         create: make folders and tables where they are missing; without it, a missing registry is an empty one.
-        Raises AlignError when the folder cannot be written or the database does not answer.
+        Raises AlignError when the folder cannot be written, the database does not answer, or the two do not belong together.
         """
         place = (home or Path(os.environ.get("ALIGN_HOME") or ".align")).absolute()
         address = url or os.environ.get("ALIGN_REGISTRY_URL")
@@ -50,15 +50,18 @@ class Registry(Reader):
     def _prepare(self, *, create: bool) -> None:
         if self.home.exists() and not self.home.is_dir():
             raise AlignError(f"{self.home} is a file, not a folder", "Set ALIGN_HOME to the folder of a registry.")
-        if create:
-            _make_folders(self.home)
         version = self._database.version()
         refuse_newer(version)
+        with disk_errors_explained(self.home):
+            check_identity(self._database, self.home)
+        if create:
+            _make_folders(self.home)
         if version < LATEST and (create or version > 0):
             with self._database.write() as connection:
                 migrate(connection)
-        with disk_errors_explained(self.home):
-            check_identity(self._database, self.home, create=create)
+        if create:
+            with disk_errors_explained(self.home):
+                tie(self._database, self.home)
 
     # Data sets
 

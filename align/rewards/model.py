@@ -16,7 +16,7 @@ from align.chat.encoded import Encoded
 from align.chat.encoder import Encoder
 from align.chat.templates import prepare_tokenizer
 from align.data.examples import Message, Messages, Question, prompt_of
-from align.errors import AlignError
+from align.errors import AlignError, StageFailed
 from align.models.folders import load_tokenizer
 from align.models.loading import load_reward
 from align.models.rewards import require_reward
@@ -84,6 +84,8 @@ class ModelReward(Reward):
     def __call__(self, responses: Sequence[Response], progress: Progress) -> list[float]:
         try:
             return self.model.score([(response.prompt, said(response.text)) for response in responses], progress)
+        except StageFailed:
+            raise
         except AlignError as error:  # the user cannot shorten what a policy writes
             error.hint = "Lower max_length or max_new_tokens; a reward for a part of a response would say nothing."
             raise

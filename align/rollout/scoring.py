@@ -6,6 +6,7 @@ is of like length. Results come in the rows' order, on the CPU, the same for eve
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from align.batches import micro_batches, pad
 from align.chat.encoded import Encoded, EncodedPair
+from align.errors import StageFailed
 from align.models.logps import PAD_ID, TrainedLogps, is_lean, is_padded, trained_logps
 from align.models.rewards import reward_scores, row_rewards
 from align.preference_losses import Pair
@@ -47,7 +49,7 @@ def answer_logps(model: nn.Module, rows: Sequence[Encoded], *, progress: Progres
 
     most = TOKENS_AT_ONCE if is_lean(model) else min(TOKENS_AT_ONCE, LOGITS_AT_ONCE // _vocabulary(model))
     counts = torch.tensor([row.labels for row in rows], dtype=torch.float64)
-    return AnswerLogps(_in_batches(model, rows, score, max(1, most), progress), counts)
+    return AnswerLogps(_finite("log-probabilities", _in_batches(model, rows, score, max(1, most), progress)), counts)
 
 
 def pair_logps(model: nn.Module, pairs: Sequence[EncodedPair], *, progress: Progress | None = None) -> PairLogps:
@@ -64,7 +66,7 @@ def rewards(model: nn.Module, rows: Sequence[Encoded], *, progress: Progress | N
             return reward_scores(model, pad(some, PAD_ID).to(device_of(model)))
         return row_rewards(model, [row.ids for row in some])
 
-    return _in_batches(model, rows, score, TOKENS_AT_ONCE, progress)
+    return _finite("rewards", _in_batches(model, rows, score, TOKENS_AT_ONCE, progress))
 
 
 def pair_rewards(model: nn.Module, pairs: Sequence[EncodedPair], *, progress: Progress | None = None) -> Pair:
@@ -92,6 +94,18 @@ def _in_batches(
             some = [rows[index] for index in indices]
             found[indices] = score(some).double().cpu()
             bar.advance(len(group), tokens=sum(len(row.ids) for row in some))
+    return found
+
+
+def _finite(what: str, found: Tensor) -> Tensor:
+    """The same numbers. Raises StageFailed where some are not finite: no number about them would mean anything."""
+    wild = [(row, value) for row, value in enumerate(found.tolist(), 1) if not math.isfinite(value)]
+    if wild:
+        raise StageFailed(
+            f"the model gives {what} that are not finite to {len(wild)} of {len(found)} rows (row {wild[0][0]}: {wild[0][1]})",
+            "Its numbers grow beyond what floats can hold. Train it again with a lower learning_rate, or with precision: "
+            "float32.",
+        )
     return found
 
 
