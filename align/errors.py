@@ -101,6 +101,20 @@ def lacks_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
 
 
+NOT_LOADED = "failed to map segment from shared object"  # what the system's loader says of a library then
+
+
+def of_the_memory(error: BaseException | None) -> StageFailed | None:
+    """What is to be said of an error that nothing nearer has explained, where it, or what it came of, is too little memory."""
+    if error is None:
+        return None
+    if NOT_LOADED in str(error):
+        return StageFailed("there is too little memory to load the libraries", "Free some, or allow more: ulimit -v.")
+    if lacks_memory(error):
+        return StageFailed("out of memory", "Free some, or allow more: ulimit -v.")
+    return of_the_memory(error.__cause__ or error.__context__)
+
+
 MOST_NAMED = 30  # known words that one sentence lists: more than the keys of any stage but ppo
 FEW_NAMED = 5
 

@@ -1,4 +1,5 @@
-"""Cores, memory and processor of this machine as this process may use them: affinity and cgroup limits counted. No torch.
+"""Cores, memory and processor of this machine as this process may use them: affinity, cgroup limits and `ulimit -v`
+counted. No torch.
 
 `root` stands for `/` everywhere, so that a test can lay out a machine of its own.
 """
@@ -53,19 +54,39 @@ def _cpuinfo(root: Path) -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
+def available_bytes(root: Path = Path("/")) -> int | None:
+    """Memory that this process can still take: what the machine has left, and its own address space. None: not known."""
+    room = _kilobytes(root / "proc/meminfo", "MemAvailable")
+    limit, taken = _address_space(root), _kilobytes(root / "proc/self/status", "VmSize")
+    left = max(0, limit - taken) if limit is not None and taken is not None else None
+    return min((amount for amount in (room, left) if amount is not None), default=None)
+
+
 def _memory_bytes(root: Path) -> int:
-    for line in _read(root / "proc/meminfo").splitlines():
-        if line.startswith("MemTotal:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    total = _kilobytes(root / "proc/meminfo", "MemTotal")
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if total is None else total
 
 
 def _memory_limit(root: Path) -> int | None:
-    """The tightest limit of the cgroups above this process, version 2 or 1."""
+    """The tightest limit: of the cgroups above this process, version 2 or 1, or of its own address space."""
     texts = [_read(folder / "memory.max") for folder in _cgroup_folders(root, "")]
     texts += [_read(folder / "memory.limit_in_bytes") for folder in _cgroup_folders(root, "memory")]
     limits = [int(text) for text in texts if text.strip().isdecimal() and int(text) < UNLIMITED_BYTES]
-    return min(limits, default=None)
+    own = _address_space(root)
+    return min(limits if own is None else [*limits, own], default=None)
+
+
+def _address_space(root: Path) -> int | None:
+    """Bytes that this process may map (`ulimit -v`), None when there is no limit."""
+    lines = _read(root / "proc/self/limits").splitlines()
+    soft = next((line.split()[3] for line in lines if line.startswith("Max address space")), "unlimited")
+    return int(soft) if soft.isdecimal() else None
+
+
+def _kilobytes(file: Path, name: str) -> int | None:
+    """Bytes of a line `NAME: N kB`."""
+    lines = _read(file).splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
 
 
 def _cpu_quota(root: Path) -> float | None:

@@ -10,7 +10,6 @@ import gc
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -18,6 +17,7 @@ from torch import nn
 
 from align.batches import micro_batches
 from align.errors import StageFailed, lacks_memory
+from align.machine import available_bytes
 from align.models.logps import is_padded
 from align.recipe.settings import TrainingSettings
 from align.units import UNITS, in_units
@@ -97,13 +97,7 @@ def _asked(error: BaseException) -> str:
 
 def _free_bytes() -> int | None:
     """Of the accelerator, where there is one, else of this machine; None: it does not say."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[0])
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    return int(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else available_bytes()
 
 
 def _release() -> None:

@@ -104,6 +104,43 @@ def test_generate_answers_prompts_and_files_alike(tiny_llama, tmp_path):
     assert with_system["replies"][0]["text"] != asked["replies"][0]["text"]
 
 
+BAD_BYTE = "\udcff"  # as Python takes the byte ff of a command line
+
+
+@pytest.mark.parametrize("option", ["--prompt", "--system", "--stop"])
+def test_options_that_are_not_utf8_are_refused_before_a_model_is_opened(tmp_path, option):
+    (tmp_path / "no-model").mkdir()
+    with pytest.raises(AlignError, match=f"{option}: not UTF-8 text") as refusal:
+        invoke(generate_command, tmp_path / "no-model", "--prompt", "hello", option, BAD_BYTE)
+    assert refusal.value.exit_code == 2
+
+
+def test_utf8_options_are_read_where_the_system_s_encoding_is_ascii(tiny_llama):
+    """There Python takes each byte of a letter beyond ASCII for a stand-in."""
+    taken = "Gr\u00fc\u00dfe".encode().decode("ascii", "surrogateescape")
+    replies = document(generate_command, tiny_llama, "--prompt", taken, "--max-new-tokens", 2)["replies"]
+    assert replies[0]["prompt"] == "Gr\u00fc\u00dfe"
+
+
+def test_typed_text_that_is_not_utf8_is_refused(tiny_llama, tiny_reward):
+    for command, folder in ((chat_command, tiny_llama), (score_command, tiny_reward)):
+        with pytest.raises(AlignError, match="input: not UTF-8 text"):
+            invoke(command, folder, text=b'{"prompt": "hello \xff", "completion": "a"}\n')
+    with pytest.raises(AlignError, match="--system: not UTF-8 text"):
+        invoke(chat_command, tiny_llama, "--system", BAD_BYTE)
+
+
+def test_a_line_that_the_terminal_s_encoding_refuses_is_no_traceback(tiny_llama, monkeypatch):
+    monkeypatch.setattr("click.testing._NamedTextIOWrapper.isatty", lambda _self: True, raising=False)
+
+    def typed(_: str) -> str:
+        return b"hello \xff".decode("utf-8")
+
+    monkeypatch.setattr("builtins.input", typed)
+    with pytest.raises(AlignError, match="the chat's input: not UTF-8 text"):
+        invoke(chat_command, tiny_llama)
+
+
 def test_the_seed_decides_the_sample(tiny_llama):
     def sampled(seed):
         options = ("--prompt", "hello", "--temperature", 1, "--top-k", 50, "--top-p", 0.9, "--max-new-tokens", 12)

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from align import doctor
 from align.cli.recipes import doctor_command
-from align.machine import this_machine
+from align.machine import available_bytes, this_machine
 
 GIB = 2**30
 
@@ -71,6 +71,22 @@ def test_limits_of_containers_count(tmp_path, files):
     machine = this_machine(lay_out(tmp_path, {**PROC, **files}))
     assert machine.memory_limit_bytes == 2 * GIB
     assert machine.usable_cores == 0.5
+
+
+def test_the_limit_of_the_address_space_counts(tmp_path):
+    """As `ulimit -v` sets it: of the memory there is, and of what is left when that is not enough."""
+    limits = (
+        "Limit  Soft Limit  Hard Limit  Units\nMax address space         {soft}           unlimited            bytes\n"
+    )
+    files = {
+        **PROC, "proc/meminfo": f"MemTotal: {8 * 2**20} kB\nMemAvailable: {4 * 2**20} kB\n",
+        "proc/self/limits": limits.format(soft=2 * GIB), "proc/self/status": f"VmSize:\t {2**20} kB\n",
+    }  # fmt: skip
+    assert this_machine(lay_out(tmp_path, files)).memory_limit_bytes == 2 * GIB
+    assert available_bytes(tmp_path) == GIB
+    lay_out(tmp_path, {"proc/self/limits": limits.format(soft="unlimited")})
+    assert this_machine(tmp_path).memory_limit_bytes is None
+    assert available_bytes(tmp_path) == 4 * GIB
 
 
 def test_a_machine_that_tells_nothing_is_still_described(tmp_path):

@@ -16,7 +16,15 @@ import zstandard
 from align.constitution import Constitution
 from align.data import packed, text_files
 from align.data.sources import find_source, read_rows
-from align.errors import FEW_NAMED, AlignError, Interrupted, StageFailed, did_you_mean, of_the_file_system
+from align.errors import (
+    FEW_NAMED,
+    AlignError,
+    Interrupted,
+    StageFailed,
+    did_you_mean,
+    of_the_file_system,
+    of_the_memory,
+)
 from align.judge import Judge
 from align.plan import plan
 from align.progress import Progress
@@ -119,6 +127,17 @@ def test_what_the_file_system_refuses_is_said_in_words_and_what_is_ours_is_not_h
     assert (known.exit_code, hint in known.hint, "rows.jsonl" in known.message) == (code, True, True)
     assert of_the_file_system(OSError(errno.ENOENT, "No such file or directory", "rows.jsonl")) is None
     assert of_the_file_system(OSError(errno.EACCES, "Permission denied")) is None
+
+
+def test_libraries_that_find_no_memory_are_said_in_words_and_other_imports_that_fail_are_not_hidden() -> None:
+    mapped = ImportError("libtorch_cpu.so: failed to map segment from shared object")
+    wrapped = RuntimeError("Failed to import transformers.trainer")
+    wrapped.__cause__ = mapped
+    for error in (mapped, wrapped, MemoryError()):
+        known = of_the_memory(error)
+        assert known is not None
+        assert ("memory" in known.message, known.exit_code, "ulimit -v" in known.hint) == (True, 1, True)
+    assert of_the_memory(ImportError("No module named 'torch'")) is None
 
 
 # Files that have no end, or too much in them --------------------------------------------------------------------------------

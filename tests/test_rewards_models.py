@@ -183,7 +183,7 @@ def test_a_prompt_that_leaves_no_room_for_a_response_is_refused_before_the_first
 def test_a_reward_model_that_gives_nan_is_refused(own_tokenizer_reward: Path) -> None:
     rewards = summed(own_tokenizer_reward)
     rewards.parts[0].reward.model.model.score.weight.data.fill_(float("nan"))
-    with pytest.raises(AlignError, match="reward 'harbour/reward': the model gives rewards that are not .* 1: nan"):
+    with pytest.raises(AlignError, match=r"'harbour/reward': the model gives rewards that are not .* 1: nan"):
         rewards.score(responses(TEXTS))
 
 

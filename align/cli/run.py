@@ -158,13 +158,14 @@ def plan_command(
 def check_command(recipe: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
     """Find errors without training, and report on the data."""
     from align.checks import check_recipe, runs_foreign_code
+    from align.model_checks import model_warnings
     from align.recipe.graph import recipe_warnings
 
     workshop = open_workshop(recipe, overrides)
     if click.get_current_context().obj is OWN_PROCESS and not runs_foreign_code(workshop.recipe):
         keep_torch_out()
     found = check_recipe(workshop)
-    for warning in recipe_warnings(workshop.recipe):
+    for warning in (*recipe_warnings(workshop.recipe), *model_warnings(workshop)):
         click.secho(f"warning: {warning}", fg="yellow", err=True)
     if as_json:
         click.echo(json.dumps([data.as_dict() for data in found], indent=2))

@@ -268,10 +268,7 @@ def _typed() -> str:
     """The next line of the person, or /quit at the end of input."""
     line: str | bytes
     try:
-        if sys.stdin.isatty():
-            line = input("you> ") + "\n"
-        else:
-            line = sys.stdin.buffer.readline()
+        line = input("you> ") + "\n" if sys.stdin.isatty() else sys.stdin.buffer.readline()
     except EOFError:
         return "/quit"
     except UnicodeDecodeError as error:

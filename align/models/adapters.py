@@ -280,7 +280,6 @@ def copy_adapter(adapted: Any, name: str, *, trainable: bool) -> None:
 
 def put_reward_adapter(adapted: Any, name: str, source: Source, *, trainable: bool) -> Tensor:
     """Adds a reward model's adapter to a policy on the same base, under a name; returns its score head, (1, H) float32."""
-    require_finite_weights(source)
     config = LoraConfig.from_pretrained(source.path)
     config.task_type, config.modules_to_save = adapted.peft_config[NAME].task_type, None
     tensors = load_peft_weights(source.path, device="cpu")

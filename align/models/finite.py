@@ -1,7 +1,7 @@
-"""Weights that are not finite: all that a model with one of them says is none either, and would be blamed on something else.
+"""Weights that are not finite. A model with one of them gives NaN, which is then blamed on its rows or its settings.
 
-Looked for in the files, in pieces, as bits and without torch, so that a recipe can be checked by it and quantized weights
-are seen as well: 135 million of them take less than a tenth of a second.
+They are looked for in the files, in pieces, as bits and without torch: so a check of a recipe can do it too, it takes less
+time than the hash of the same file, and weights are seen that quantization would hide.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from align.errors import AlignError
 from align.models.folders import errors_of
 from align.models.source import Source, file_marks, weight_files
 
-INFINITY: dict[
-    str, tuple[type[np.unsignedinteger[Any]], int]
-] = {  # its bits; those of NaN, without the sign, are above
+Bits = type[np.unsignedinteger[Any]]
+INFINITY: dict[str, tuple[Bits, int]] = {  # as bits; what is above it, without the sign, is NaN
     "F64": (np.uint64, 0x7FF0_0000_0000_0000),
     "F32": (np.uint32, 0x7F80_0000),
     "F16": (np.uint16, 0x7C00),
