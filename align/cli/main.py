@@ -23,7 +23,7 @@ from align.cli.report import report_command
 from align.cli.run import check_command, plan_command, run_command, stage_commands
 from align.cli.runs import runs_group
 from align.cli.use import chat_command, eval_command, generate_command, score_command
-from align.errors import AlignError, Interrupted, of_the_file_system
+from align.errors import AlignError, Interrupted, of_the_file_system, of_the_memory
 from align.quiet import quiet_libraries
 from align.standard_streams import outlive_readers
 from align.torchless import OWN_PROCESS
@@ -94,8 +94,11 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("stopped", err=True)
         sys.exit(130)
-    except OSError as error:
-        known = of_the_file_system(error)
+    except Exception as error:
+        if short := of_the_memory(error):  # too little of it may be left to import anything more
+            click.echo(f"error: {short}", err=True)
+            sys.exit(short.exit_code)
+        known = of_the_file_system(error) if isinstance(error, OSError) else None
         if known is None:
             raise
         _end_with(known)
