@@ -64,7 +64,7 @@ CASES = {
     "ppo-grpo": Case(f"{{{ROUNDS}, estimator: {{kind: grpo, samples: 4}}, kl_in: loss, kl_estimator: k3}}"),
     "ppo-reinforce++": Case(f"{{{ROUNDS}, estimator: reinforce++, kl_estimator: k2, {LORA}, quantize: nf4}}"),
     "sft-skips": Case(f"{{kind: sft, data: talk, {SKIPS}, {STEPS}}}", "tiny_gpt2", quick=True, few=1),
-    "ppo-skips": Case(f"{{{ROUNDS}, {SKIPS}, value: {{kind: model, warmup_rounds: 1}}}}", few=1),
+    "ppo-skips": Case(f"{{{ROUNDS}, {SKIPS}, value: {{kind: model, warmup_rounds: 1}}}}", few=4),
     "critique": Case("{kind: critique, prompts: asked, constitution: rules.yaml, samples: 3, max_new_tokens: 8}"),
 }  # fmt: skip
 

@@ -7,12 +7,13 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from align.errors import AlignError, StageFailed
 from align.registry import CheckpointRecord, Registry
-from align.registry.artifacts import seal
+from align.registry.artifacts import folder_size, seal
 from align.registry.hashing import Manifest, folder_manifest
 from tests.registry_fill import add_checkpoint, add_data, begin, finish
 
@@ -222,3 +223,21 @@ def test_seal_hashes_what_was_written_last(tmp_path: Path) -> None:
     (tmp_path / "a").chmod(0o644)
     (tmp_path / "a").write_text("2")
     assert seal(tmp_path).id != first
+
+
+def test_a_folder_that_is_swept_while_it_is_measured_has_the_size_of_what_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_bytes(b"12345")
+    assert folder_size(tmp_path) == 10
+    scandir = os.scandir
+
+    def scan(path: Any) -> Any:
+        if Path(path) == tmp_path / "b":
+            raise FileNotFoundError(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    assert folder_size(tmp_path) == 5

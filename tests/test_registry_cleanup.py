@@ -84,9 +84,16 @@ def test_state_of_a_run_that_was_overtaken_goes_and_of_one_that_can_go_on_stays(
 
 
 def test_folders_without_a_row_go_but_not_while_they_are_being_filled(registry: Registry) -> None:
-    for place in ("checkpoints/0123456789abcdef", "data/.removed-x-1-2", "runs/0123456789ab", "runs/beginning"):
+    for place in (
+        "checkpoints/0123456789abcdef",
+        "data/.removed-x-1-2",
+        "runs/0123456789ab",
+        "runs/beginning",
+        "runs/locking",
+    ):
         (registry.home / place).mkdir()
-    (registry.home / "runs" / "0123456789ab" / "lock").touch()  # and nobody holds it
+    (registry.home / "runs" / "0123456789ab" / "lock").write_text("4711\n")  # and nobody holds it
+    (registry.home / "runs" / "locking" / "lock").touch()  # opened, and not yet locked
     fresh, forgotten = registry.new_folder("data"), registry.new_folder("data")
     os.utime(forgotten, (time.time() - 2 * 86400,) * 2)
     gone = registry.gc()
@@ -95,7 +102,8 @@ def test_folders_without_a_row_go_but_not_while_they_are_being_filled(registry: 
         "0123456789abcdef", ".removed-x-1-2", "0123456789ab", forgotten.name,
     }  # fmt: skip
     assert fresh.is_dir()
-    assert (registry.home / "runs" / "beginning").is_dir(), "it is about to take its lock"
+    for name in ("beginning", "locking"):
+        assert (registry.home / "runs" / name).is_dir(), "it is about to take its lock"
 
 
 def test_a_checkpoint_that_shares_its_content_with_a_kept_one_stays(registry: Registry) -> None:

@@ -108,11 +108,13 @@ def write_synced(path: Path, text: str) -> None:
 
 
 def folder_size(folder: Path) -> int:
-    """Bytes of everything below `folder`."""
+    """Bytes of everything below `folder`, of what is there: its owner, or another process, may be sweeping it."""
     size = 0
-    for path in _everything(folder):
-        with suppress(FileNotFoundError):  # its owner may be sweeping it
-            size += path.lstat().st_size
+    for place, folders, files in os.walk(folder):
+        for name in (*files, *folders):
+            path = os.path.join(place, name)
+            with suppress(FileNotFoundError):
+                size += os.lstat(path).st_size if name in files or os.path.islink(path) else 0
     return size
 
 

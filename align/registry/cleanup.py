@@ -193,10 +193,18 @@ def _in_use(folder: Path) -> bool:
     """A run that begins, or a folder that somebody may still be filling; one that has just gone needs no sweeping."""
     try:
         young = time.time() - folder.stat().st_mtime < DAY_SECONDS
-        unlocked = folder.parent.name == "runs" and not (folder / "lock").exists()  # it is about to take its lock
-        return is_held(folder / "lock") or (young and (unlocked or folder.name.startswith(NEW)))
+        begins = folder.parent.name == "runs" and not _was_locked(folder / "lock")
+        return is_held(folder / "lock") or (young and (begins or folder.name.startswith(NEW)))
     except FileNotFoundError:
         return True
+
+
+def _was_locked(lock: Path) -> bool:
+    """Whether somebody has ever held it: the file is there, and empty, before its owner has locked it and left its number."""
+    try:
+        return lock.stat().st_size > 0
+    except FileNotFoundError:
+        return False
 
 
 def _dead_state(ended: Sequence[RunRecord], pinned: set[str]) -> list[Removal]:
