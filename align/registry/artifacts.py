@@ -111,10 +111,9 @@ def folder_size(folder: Path) -> int:
     """Bytes of everything below `folder`, of what is there: its owner, or another process, may be sweeping it."""
     size = 0
     for place, folders, files in os.walk(folder):
-        for name in (*files, *folders):
-            path = os.path.join(place, name)
+        for path in (Path(place, name) for name in (*files, *folders)):
             with suppress(FileNotFoundError):
-                size += os.lstat(path).st_size if name in files or os.path.islink(path) else 0
+                size += path.lstat().st_size if path.is_symlink() or path.name in files else 0
     return size
 
 
