@@ -7,6 +7,7 @@ file that was torn or edited since is ever gone on from: the state before it is,
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,9 @@ from align.registry.artifacts import sync
 from align.registry.hashing import sha256_file
 
 KEPT = 2  # the newest complete state and the one before it
+FORMAT = 2  # of the files of a state, and what stands in them; a state of another format is not gone on from
 _MARK = "complete.json"
+_NAME = re.compile(r"checkpoint-[0-9]+")
 
 
 def complete_states(folder: Path, say: Callable[[str], object] = lambda _: None) -> list[Path]:
@@ -35,9 +38,12 @@ def complete_states(folder: Path, say: Callable[[str], object] = lambda _: None)
 def damage(state: Path) -> str:
     """What is wrong with a state that is marked complete; '' where it is as it was saved."""
     try:
-        files = json.loads((state / _MARK).read_text(encoding="utf-8"))["files"]
-    except (ValueError, KeyError):
+        mark = json.loads((state / _MARK).read_text(encoding="utf-8"))
+        files = {str(name): (int(size), str(sha256)) for name, (size, sha256) in mark["files"].items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return f"{_MARK} cannot be read"
+    if mark.get("format") != FORMAT:
+        return "another version of align saved it"
     for name, (size, sha256) in files.items():
         path = state / name
         if not path.is_file():
@@ -64,7 +70,7 @@ def mark_complete(folder: Path, step: int) -> None:
             files[path.relative_to(state).as_posix()] = (path.stat().st_size, sha256_file(path))
     mark = state / _MARK
     aside = state / f"{_MARK}.aside"
-    aside.write_text(json.dumps({"step": step, "files": files}), encoding="utf-8")
+    aside.write_text(json.dumps({"format": FORMAT, "step": step, "files": files}), encoding="utf-8")
     sync(aside)
     aside.replace(mark)
     sync(state)
@@ -77,4 +83,5 @@ def mark_complete(folder: Path, step: int) -> None:
 
 
 def _marked(folder: Path) -> list[Path]:
-    return sorted((mark.parent for mark in folder.glob(f"checkpoint-*/{_MARK}")), key=step_of)
+    states = (mark.parent for mark in folder.glob(f"checkpoint-*/{_MARK}"))
+    return sorted((state for state in states if _NAME.fullmatch(state.name)), key=step_of)

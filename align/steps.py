@@ -149,6 +149,7 @@ class Stepper:
             if counts:
                 total += loss.detach()
                 sums.update(more)
+            del loss  # its graph, which lies about in the memory that the next one needs
         sharing.add_gradients()
         mean = float(sharing.summed(total) / weight)
         return Step(mean, sums, weight, sum(lengths), self._clipped())

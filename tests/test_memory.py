@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -70,6 +71,21 @@ def test_memory_that_is_short_outside_the_micro_batches_is_said_otherwise(
     with pytest.raises(StageFailed, match=r"out of memory in training \(4\.0 PiB were asked for") as failure:
         train(task(tiny_llama, tmp_path, fit="auto"), Progress())
     assert "batch_tokens" not in failure.value.hint
+
+
+def test_nothing_of_a_micro_batch_is_there_when_the_next_one_is_computed(tiny_llama: Path, tmp_path: Path) -> None:
+    """The nodes of its graph are small, but lie between the large blocks that it freed."""
+    losses: list[weakref.ref[torch.Tensor]] = []
+
+    class Watched(AnswerLoss):
+        def __call__(self, model: nn.Module, some: Sequence[Any]) -> Any:
+            assert all(loss() is None for loss in losses)
+            loss, more = super().__call__(model, some)
+            losses.append(weakref.ref(loss))
+            return loss, more
+
+    train(replace(task(tiny_llama, tmp_path, batch_tokens=ROOM), objective=Watched()), Progress())
+    assert len(losses) > 4
 
 
 def test_errors_that_are_not_about_memory_are_left_alone(tiny_llama: Path, tmp_path: Path) -> None:

@@ -115,6 +115,27 @@ def test_the_shard_that_holds_it_is_named(tiny_llama: Path, tmp_path: Path) -> N
         require_finite_weights(source_of(folder))
 
 
+def test_the_file_that_is_loaded_is_the_one_that_is_looked_into(tiny_llama: Path, tmp_path: Path) -> None:
+    """Beside an index of good shards, transformers takes model.safetensors, whatever the index says."""
+    folder = tmp_path / "both"
+    AutoModelForCausalLM.from_pretrained(tiny_llama).save_pretrained(folder, max_shard_size="200KB")
+    shutil.copy(tiny_llama / "model.safetensors", folder)
+    spoil(folder / "model.safetensors")
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert not torch.isfinite(loaded.get_parameter(DOWN)).all()
+    with pytest.raises(AlignError, match=f"model.safetensors: .*{DOWN}"):
+        require_finite_weights(source_of(folder))
+
+
+def test_a_buffer_that_nothing_reads_may_be_infinite(tiny_llama: Path, tmp_path: Path) -> None:
+    """GPT-NeoX, GPT-J and CodeGen saved -1e9 as masked_bias, in float16 too."""
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.attention.masked_bias"] = torch.tensor(-1e9).half()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    require_finite_weights(source_of(folder))
+
+
 def test_a_file_that_is_damaged_since_it_was_looked_at_is_refused_in_words(tiny_llama: Path, tmp_path: Path) -> None:
     source = source_of(Path(shutil.copytree(tiny_llama, tmp_path / "model")))
     (tmp_path / "model" / "model.safetensors").write_bytes(b"\x05\0\0\0\0\0\0\0[1,2]")

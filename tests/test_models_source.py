@@ -121,6 +121,13 @@ def test_a_missing_shard_is_named(model: Path) -> None:
     assert "model-1.safetensors" not in message
 
 
+def test_weights_under_a_name_of_their_own_are_refused(model: Path) -> None:
+    write(model / "config.json", transformers_weights="other.safetensors")
+    assert "other.safetensors" in refused(model)
+    write(model / "config.json", transformers_weights="model.safetensors")
+    assert source_of(model).kind == "model"
+
+
 def test_weights_that_are_quantized_already_are_refused(model: Path) -> None:
     write(model / "config.json", quantization_config={"quant_method": "gptq"})
     assert "gptq" in refused(model)

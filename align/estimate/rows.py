@@ -25,9 +25,9 @@ class Rows:
     """Rows of a data set as a stage reads them. A pair counts with both sides.
 
     count: training rows. mean, deviation, longest: tokens of a row, as the token budget counts them. computed: share of
-    those tokens that go through the model, where the two sides of a pair share their prompt. predicted: share that the
-    head sees. prompt, longest_prompt: tokens of what a model is asked. held_out: rows; None: not known. sides: sequences
-    that a row is made of.
+    those tokens that go through the model, where the two sides of a pair share their prompt; unevenly: standard deviation
+    of a row's from that share, in tokens. predicted: share that the head sees. prompt, longest_prompt: tokens of what a
+    model is asked. held_out: rows; None: not known. sides: sequences that a row is made of.
     """
 
     count: int
@@ -35,6 +35,7 @@ class Rows:
     deviation: float = 0.0
     longest: float = UNKNOWN_TOKENS
     computed: float = 1.0
+    unevenly: float = 0.0
     predicted: float = 1.0
     prompt: float = UNKNOWN_TOKENS / 2
     longest_prompt: float = UNKNOWN_TOKENS / 2
@@ -42,11 +43,14 @@ class Rows:
     sides: int = 1
 
     def step_tokens(self, rows: int, steps: int) -> float:
-        """Tokens of the largest of so many optimiser steps of so many rows: the expected maximum of as many normal numbers
-        (Blom 1958), which sums of rows are nearly."""
+        """Tokens of the largest of so many optimiser steps of so many rows."""
         rows = min(rows, self.count)
-        deviations = NormalDist().inv_cdf((max(steps, 1) - 0.375) / (max(steps, 1) + 0.25))
-        return min(rows * self.mean + deviations * self.deviation * math.sqrt(rows), rows * self.longest)
+        return min(rows * self.mean + _most_of(steps) * self.deviation * math.sqrt(rows), rows * self.longest)
+
+    def computed_tokens(self, tokens: float, batches: float) -> float:
+        """Those of so many tokens that go through the model, in that of so many micro-batches in which pairs share least."""
+        more = _most_of(batches) * self.unevenly * math.sqrt(tokens / self.mean)
+        return min(tokens * self.computed + more, tokens)
 
     def halved(self) -> Rows:
         """Both sides of each pair as rows by themselves; rows of one side are as they were."""
@@ -54,7 +58,7 @@ class Rows:
             return self
         return replace(
             self, count=2 * self.count, mean=self.mean / 2, deviation=self.deviation / 2, longest=self.longest / 2,
-            computed=1.0, sides=1,
+            computed=1.0, unevenly=0.0, sides=1,
         )  # fmt: skip
 
 
@@ -99,13 +103,15 @@ def rows_like(
     counted = [row.counted for row in kept]
     prompts = [row.prompt for row in kept if row.prompt is not None] or [0]
     total = sum(counted)
+    computed = sum(row.computed for row in kept) / total
     share = len(kept) / len(found)
     return Rows(
         count=round(share * (count or len(found))),
         mean=fmean(counted),
         deviation=pstdev(counted),
         longest=max(counted),
-        computed=sum(row.computed for row in kept) / total,
+        computed=computed,
+        unevenly=pstdev(row.computed - computed * row.counted for row in kept),
         predicted=sum(row.predicted for row in kept) / total,
         prompt=fmean(prompts),
         longest_prompt=max(prompts),
@@ -130,6 +136,12 @@ def counter(folder: Path) -> CountTokens:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def _most_of(numbers: float) -> float:
+    """Deviations from the mean of the largest of so many normal numbers, which sums of rows nearly are (Blom 1958)."""
+    numbers = max(numbers, 1.0)
+    return NormalDist().inv_cdf((numbers - 0.375) / (numbers + 0.25))
 
 
 def _tokens_by_bytes(text: str) -> int:

@@ -91,10 +91,12 @@ class Learner:
         While the loss is computed all activations are there, and at the end of the backward pass all gradients. Where a
         step has several micro-batches, the gradients of the first are there in all others.
         """
-        step = share * rows.step_tokens(self.settings.batch_size, self.settings.steps(rows.count))
+        steps = self.settings.steps(rows.count)
+        step = share * rows.step_tokens(self.settings.batch_size, steps)
         several = step > self.settings.batch_tokens
         tokens = max(self.settings.batch_tokens, rows.longest) if several else step
-        micro_batch = self.micro_batch(tokens * rows.computed, tokens * rows.predicted) + self._gathered
+        computed = rows.computed_tokens(tokens, steps * step / tokens)
+        micro_batch = self.micro_batch(computed, tokens * rows.predicted) + self._gathered
         if rows.computed < 1:
             micro_batch += copied_keys(self.shape, tokens, checkpointing=self.settings.gradient_checkpointing)
         if not several:

@@ -111,8 +111,8 @@ def weights_sha256(source: Source) -> str:
 def weight_files(source: Source) -> list[Path]:
     """The safetensors files that a local source is loaded from; not those of an adapter's base."""
     folder, stem = Path(source.path), "adapter_model" if source.is_adapter else "model"
-    index = folder / f"{stem}.safetensors.index.json"
-    return [folder / name for name in (_shards(index) if index.is_file() else [f"{stem}.safetensors"])]
+    whole, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    return [folder / name for name in _shards(index)] if index.is_file() and not whole.is_file() else [whole]
 
 
 def saved_vocabulary(source: Source) -> int:
@@ -143,6 +143,11 @@ def _read_config(folder: Path) -> Json:
             "Name a folder that transformers' or peft's save_pretrained wrote.",
         )
     config = read_json(file)
+    if (named := config.get("transformers_weights")) not in (None, "model.safetensors"):
+        raise AlignError(
+            f"{file}: names {str(named)[:80]!r} as its weights (transformers_weights)",
+            "Take that line out, and let the weights be in model.safetensors or in shards with an index.",
+        )
     if "quantization_config" in config:
         how = config["quantization_config"]
         method = how.get("quant_method", "unknown") if isinstance(how, dict) else how
@@ -169,6 +174,9 @@ def _kind_of(folder: Path, config: Json) -> Kind:
 def _require_weights(folder: Path, stem: Literal["model", "adapter_model"]) -> None:
     """Refuses a folder whose safetensors files are absent, not all there, or damaged as far as their headers tell."""
     index = folder / f"{stem}.safetensors.index.json"
+    if (folder / f"{stem}.safetensors").is_file():  # which is loaded, whatever an index beside it names
+        _check_header(folder / f"{stem}.safetensors")
+        return
     if index.is_file():
         shards = _shards(index)
         lost = [name for name in shards if not (folder / name).is_file()]
@@ -176,9 +184,6 @@ def _require_weights(folder: Path, stem: Literal["model", "adapter_model"]) -> N
             raise AlignError(f"{folder}: weights are missing: {', '.join(lost) or 'all'}", "Copy the folder again.")
         for name in shards:
             _check_header(folder / name)
-        return
-    if (folder / f"{stem}.safetensors").is_file():
-        _check_header(folder / f"{stem}.safetensors")
         return
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
     if pickles:
