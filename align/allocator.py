@@ -11,7 +11,9 @@ takes 1.15 GiB instead of 1.6, at the same speed. Some of these can only be set 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from contextlib import suppress
 
 SWITCH = "ALIGN_ALLOCATOR"  # `system` leaves the allocator as it is
 TUNABLES = "GLIBC_TUNABLES"
@@ -26,16 +28,32 @@ OWN = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", TUNABLES)  # who set 
 def begin_tuned() -> None:
     """Starts this program anew, in the same process, with the allocator set so; only once, and before it has done anything.
 
-    Nothing happens where the allocator is left alone, or where the program was not started with these arguments: then it is
-    somebody else's.
+    Nothing happens where the allocator is left alone, where the program was not started with these arguments (then it is
+    somebody else's), or where it cannot be started a second time. A Ctrl-C while Python starts again waits for this call.
     """
-    arguments = sys.argv[1:]
-    ours = sys.orig_argv[len(sys.orig_argv) - len(arguments) :] == arguments
-    if os.environ.get(TUNABLES) == TUNED or left_alone() or not ours:
+    if os.environ.get(TUNABLES) == TUNED:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         return
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, TUNABLES: TUNED})
+    if left_alone() or not _can_begin_again():
+        return
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed before Python began
+        with suppress(OSError, ValueError):
+            stream.flush()
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    with suppress(OSError, ValueError):
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, TUNABLES: TUNED})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+
+
+def _can_begin_again() -> bool:
+    """Whether Python was started with these arguments, from a place that is known, for a program that can be read again."""
+    arguments = sys.argv[1:]
+    before = len(sys.orig_argv) - len(arguments)
+    if not sys.executable or before < 2 or sys.orig_argv[before:] != arguments:
+        return False
+    program = sys.orig_argv[before - 1]
+    piped = program == "-" or program.startswith(("/dev/stdin", "/dev/fd/", "/proc/"))  # and read by now
+    return not piped
 
 
 def left_alone() -> str:

@@ -2,7 +2,7 @@
 
 Work that can save its state runs inside `stops_at_boundary()` and looks at `stop_requested()`; anywhere else the first
 signal raises Interrupted at once, since nothing there needs saving. A terminal that closes may send SIGHUP twice, by the
-shell and by the system: only its first counts.
+shell and by the system: only its first counts. A signal that is ignored when a run begins stays so.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _at_boundary = False
 
 
 def stopping_signals() -> list[signal.Signals]:
-    """Those that stop a run: not SIGHUP where nohup, or whoever else started us, has it ignored."""
-    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    return [signal.SIGINT, signal.SIGTERM, *([] if ignored else [signal.SIGHUP])]
+    """Those that stop a run: none that whoever started us has it ignore, as nohup does SIGHUP and a script's `&` SIGINT."""
+    known = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    return [number for number in known if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def stop_requested() -> int:

@@ -45,6 +45,15 @@ MODELS: Mapping[str, Mapping[str, Any]] = {**SHAPES, "60m": UNTIED}
 LORA = {"adapter": {"kind": "lora", "rank": 16}}
 NF4, INT8 = {**LORA, "quantize": "nf4"}, {**LORA, "quantize": "int8"}
 FLOAT32, CHECKPOINTED = {"precision": "float32"}, {"gradient_checkpointing": True}
+PLAN_THERE = """
+import dataclasses, json, sys
+from align.cli.main import main
+from align.estimate import place
+
+here, there = place.this_machine(), json.loads(sys.argv.pop(1))
+place.this_machine = lambda: dataclasses.replace(here, features=tuple(there))
+main()
+"""
 HARBOUR = Path(__file__).parents[1] / "data/harbour"  # the embedded model, with prompts that it knows
 MAKE = """
 import json, sys, torch
@@ -172,7 +181,7 @@ def main() -> None:
             sys.stderr.write(f"{case.key}: {known[case.key]}\n")
             file.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
     cases = [case for case in CASES if case.key in known]
-    predicted = {case.key: prediction(case) for case in cases}
+    predicted = {case.key: prediction(case, known[case.key]["features"]) for case in cases}
     options.out.write_text(page(cases, known, predicted), encoding="utf-8")
     sys.exit(any(abs(error(predicted[case.key], known[case.key]["bytes"])) > WITHIN for case in cases))
 
@@ -194,14 +203,13 @@ def measured(case: Case) -> dict[str, Any]:
         }  # fmt: skip
 
 
-def prediction(case: Case) -> int:
-    """What `align plan` says of the stage, in a registry that knows nothing yet."""
+def prediction(case: Case, features: Sequence[str]) -> int:
+    """What `align plan` says of the stage on a processor with these features, in a registry that knows nothing yet."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         recipe = write_recipe(case, folder)
-        done = subprocess.run(
-            command("plan", str(recipe), "--json"), env=environment(folder), check=True, stdout=subprocess.PIPE, text=True
-        )  # fmt: skip
+        plan = [sys.executable, "-c", PLAN_THERE, json.dumps(features), "plan", str(recipe), "--json"]
+        done = subprocess.run(plan, env=environment(folder), check=True, stdout=subprocess.PIPE, text=True)
         return next(int(row["peak_memory_bytes"]) for row in json.loads(done.stdout) if row["name"] == case.stage)
 
 
@@ -294,8 +302,8 @@ def page(cases: Sequence[Case], known: Mapping[str, Any], predicted: Mapping[str
         "",
         "Made by `python benchmarks/memory.py --out docs/memory.md`. Each row is a stage of a recipe of its own, run by "
         "`align run` in a process of its own: two optimiser steps (two rounds of ppo) with held-out measurements before, "
-        "between and after, and the checkpoint saved. Predicted is what `align plan` says of that recipe before anything "
-        "is known of it but its files; measured is the peak resident memory that the kernel reports. The promise is an "
+        "between and after, and the checkpoint saved. Predicted is what `align plan` says of that recipe on such a "
+        "processor before anything is known of it but its files; measured is the peak resident memory that the kernel reports. The promise is an "
         f"error of at most {WITHIN:.0%}: {len(cases) - len(missed)} of {len(cases)} cases hold it, the mean absolute error "
         f"is {sum(map(abs, errors)) / len(errors):.1%}, the largest {max(map(abs, errors)):.1%}.",
         "",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import signal
 import subprocess
 import sys
 
@@ -17,6 +19,24 @@ print(os.getpid(), sys.argv[1:], os.environ.get("GLIBC_TUNABLES"), flush=True)
 from align.allocator import begin_tuned
 begin_tuned()
 print(sys.stdin.read(), flush=True)
+"""
+READ_ONCE = """
+print("begins", flush=True)
+from align.allocator import begin_tuned
+begin_tuned()
+print("goes on", flush=True)
+"""
+STOPPED_EARLY = """
+import os, signal
+from align.allocator import TUNED, begin_tuned
+if again := os.environ.get("GLIBC_TUNABLES") == TUNED:
+    os.kill(os.getpid(), signal.SIGINT)
+    print("began again", flush=True)
+try:
+    begin_tuned()
+    print("goes on", signal.getsignal(signal.SIGINT).name, flush=True)
+except KeyboardInterrupt:
+    print("stopped", flush=True)
 """
 FAULTS = """
 import resource
@@ -68,6 +88,45 @@ def test_a_program_begins_again_once_as_the_same_process_with_its_arguments_and_
     assert first.endswith("['run', 'a b.yaml'] None")
     assert second == first.replace("None", TUNED)
     assert text == "yes"
+
+
+@linux
+@pytest.mark.parametrize("arguments", [[], ["-"], ["-", "run"], ["/dev/stdin", "run"]])
+def test_a_program_that_was_read_from_a_pipe_goes_on_as_it_is(arguments: list[str]) -> None:
+    done = subprocess.run([sys.executable, *arguments], input=READ_ONCE, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["begins", "goes on"]
+
+
+@linux
+def test_ctrl_c_while_python_starts_again_waits_until_it_is_expected_and_stays_ignored_where_it_was() -> None:
+    assert said(STOPPED_EARLY).splitlines() == ["began again", "stopped"]
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a script's `&` starts a program
+    try:
+        assert said(STOPPED_EARLY).splitlines() == ["began again", "goes on SIG_IGN"]
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@linux
+@pytest.mark.parametrize("executable", ["", "/nowhere/python", "a\0b"])
+def test_where_it_cannot_begin_again_it_goes_on_as_it_is(executable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", executable)
+    monkeypatch.setattr(sys, "orig_argv", ["python", "align", *sys.argv[1:]])
+    begin_tuned()
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+@linux
+def test_streams_that_are_closed_are_no_reason_to_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    began: list[object] = []
+    monkeypatch.setattr(sys, "orig_argv", ["python", "align", *sys.argv[1:]])
+    monkeypatch.setattr(os, "execve", lambda *arguments: began.append(arguments))
+    closed = io.StringIO()
+    closed.close()
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", closed)
+    begin_tuned()
+    assert len(began) == 1
 
 
 @linux

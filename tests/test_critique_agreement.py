@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from align.cli.main import cli
+from align.cli.commands import cli
 from align.critique.agreement import agreement
 from align.critique.critics import Case, Contest
 from align.critique.writing import Written

@@ -50,7 +50,7 @@ def room(monkeypatch: pytest.MonkeyPatch):
 
 
 def align(*arguments: str):
-    from align.cli.main import cli
+    from align.cli.commands import cli
 
     return CliRunner().invoke(cli, list(arguments))
 

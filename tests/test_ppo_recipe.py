@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from align.cli.main import cli
+from align.cli.commands import cli
 from align.errors import AlignError, Interrupted
 from align.estimate.place import LIBRARIES_BYTES, Place
 from align.estimate.ppo import Roles, Scorer, ppo_phases

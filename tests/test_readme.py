@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from align.cli.main import COMMANDS, cli
+from align.cli.commands import COMMANDS, cli
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from align.cli.commands import cli
 from align.cli.listing import TABLE_ROWS
-from align.cli.main import cli
 from align.registry import DataUse, queries
 from align.registry.database import SqliteDatabase
 from align.registry.store import Registry

@@ -146,18 +146,26 @@ def test_a_terminal_that_closes_leaves_a_state_from_which_the_run_ends_in_the_sa
 
 
 @pytest.mark.usefixtures("_hangups_count")
-def test_a_hangup_that_is_ignored_stays_so_and_ctrl_c_after_one_stops_at_once() -> None:
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    assert stopping_signals() == [signal.SIGINT, signal.SIGTERM]
-    with signals_handled(), stops_at_boundary():
-        signal.raise_signal(signal.SIGHUP)
-        assert not stop_requested()
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def test_ctrl_c_after_a_hangup_stops_at_once() -> None:
     with signals_handled(), stops_at_boundary():
         signal.raise_signal(signal.SIGHUP)
         assert stop_requested() == signal.SIGHUP
         with pytest.raises(Interrupted, match="SIGINT"):
             signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.usefixtures("_hangups_count")
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_is_ignored_where_a_run_begins_stays_so(number: signal.Signals) -> None:
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        assert set(stopping_signals()) == {signal.SIGHUP, signal.SIGINT, signal.SIGTERM} - {number}
+        with signals_handled(), stops_at_boundary():
+            signal.raise_signal(number)
+            assert not stop_requested()
+        assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
 
 
 # Real processes -------------------------------------------------------------------------------------------------------

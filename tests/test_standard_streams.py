@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import pty
 import subprocess
 import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -83,3 +86,63 @@ def test_an_error_is_said_once() -> None:
             outlet.write(b"lost")
         assert error.value.errno == errno.ENOSPC
         assert outlet.write(b"too") == 3
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_command_works_with_its_streams_closed(closed: str, tmp_path: Path) -> None:
+    def code(*arguments: str) -> int:
+        begun = ["sh", "-c", f'exec "$@" {closed}', "sh", *arguments]
+        return subprocess.run(begun, cwd=tmp_path, capture_output=True, check=False, timeout=120).returncode
+
+    assert code(*ALIGN, "run", "nowhere.yaml") == 2
+    assert code(*ALIGN, "runs", "list") == 0
+    opens = (
+        "from align.standard_streams import *; outlive_readers(); print(1); sys.exit(os.open('new', os.O_CREAT) < 3)"
+    )
+    assert code(sys.executable, "-c", opens) == 0
+
+
+def test_what_is_only_open_for_reading_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "read").write_text("as it was")
+    with (tmp_path / "read").open("rb") as unwritable:
+        done = ended("runs", "list", out=unwritable, err=subprocess.PIPE)
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert ended("runs", "show", "none", out=unwritable, err=unwritable).returncode == 2
+    assert (tmp_path / "read").read_text() == "as it was"
+
+
+def full_pipe() -> tuple[int, int, int]:
+    """Both ends of a pipe that does not block and takes nothing more, and how much it holds."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    held = 0
+    with suppress(BlockingIOError):
+        while True:
+            held += os.write(writer, b"x" * 512)
+    return reader, writer, held
+
+
+@pytest.mark.parametrize("title", ["standard output", None])
+def test_a_full_pipe_that_does_not_block_is_waited_for(title: str | None) -> None:
+    reader, writer, held = full_pipe()
+    read = bytearray()
+
+    def slowly() -> None:
+        while piece := os.read(reader, 10_000):
+            read.extend(piece)
+
+    later = threading.Timer(0.1, slowly)
+    later.start()
+    with io.BufferedWriter(Outlet(writer, title)) as out:
+        out.write(b"y" * 200_000)
+    os.close(writer)
+    later.join()
+    os.close(reader)
+    assert read == b"x" * held + b"y" * 200_000
+
+
+def test_whoever_waits_for_a_full_pipe_goes_on_when_its_reader_goes() -> None:
+    reader, writer, _ = full_pipe()
+    threading.Timer(0.1, os.close, [reader]).start()
+    assert Outlet(writer, "standard output").write(b"lost") == 4
+    os.close(writer)

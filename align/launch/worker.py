@@ -52,6 +52,7 @@ def main(folder: Path) -> int:
     """Does what the request in `folder` asks for and leaves there how it went. Returns the exit code."""
     quiet_libraries()
     outlive_readers()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # our starter's word, even where it was told to ignore that of others
     _end_with_our_starter(int(os.environ.pop(LIFELINE)))
     member = crew()
     assert member is not None, "whoever starts this says which process it is"
