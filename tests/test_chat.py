@@ -422,6 +422,7 @@ def test_the_hash_is_that_of_the_template_text(tiny_tokenizer: Any) -> None:
 BROKEN = {
     "misspelt name": (CHATML.replace("+ m.content +", "}}{{ m.contnet }}{{"), "assistant's text"),
     "loses the user": (CHATML.replace("m.content +", "(m.content if m.role == 'assistant' else '') +"), "user's text 0"),
+    "users first": (CHATML.replace("in messages %}", "in messages | sort(attribute='role', reverse=true) %}"), "out of order"),
     "says it twice": (CHATML.replace("m.content +", "m.content + m.content +"), "2 times"),
     "no stop token": (CHATML.replace("<|im_end|>", ""), "never learn to stop"),
     "two stop tokens": (CHATML.replace("<|im_end|>", "<|im_end|><|im_end|>"), "must end with one"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -265,6 +267,19 @@ def test_dropout_is_off_unless_asked_for_and_the_config_keeps_it(tiny_gpt2: Path
     assert torch.equal(loss(quiet), loss(quiet))
     assert quiet.config.attn_pdrop == 0.1
     noisy = load_policy(source_of(tiny_gpt2), trainable=True, dropout=True)
+    assert not torch.equal(loss(noisy), loss(noisy))
+
+
+@pytest.mark.parametrize("way", ["full", "lora"])
+def test_dropout_that_a_module_keeps_as_a_number_is_off_too(tiny_llama: Path, tmp_path: Path, way: str) -> None:
+    """As the attention of Llama does, which has no module for it."""
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.5}))
+    quiet: Any = load_policy(source_of(folder), trainable=True, **WAYS[way])
+    assert torch.equal(loss(quiet), loss(quiet))
+    assert quiet.config.attention_dropout == 0.5
+    noisy = load_policy(source_of(folder), trainable=True, dropout=True, **WAYS[way])
     assert not torch.equal(loss(noisy), loss(noisy))
 
 

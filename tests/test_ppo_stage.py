@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,9 +18,11 @@ from align.data.examples import Message, Prompt
 from align.errors import AlignError, Interrupted, StageFailed
 from align.models.folders import load_tokenizer
 from align.models.loading import load_policy
+from align.models.saving import save_checkpoint
 from align.models.source import source_of
 from align.ppo.collection import Collector
 from align.ppo.objective import PpoLoss
+from align.ppo.round import Round
 from align.rollout.engine import LocalEngine
 from align.stages import ppo
 from align.state import complete_states
@@ -32,6 +35,38 @@ LORA = {"rank": 4}
 @pytest.fixture(scope="module")
 def base(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return chat_base(tiny_llama, tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def stopping(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base with a head that is inclined to the stop token after some tokens: responses end at different lengths."""
+    tokenizer = load_tokenizer(source_of(base))
+    model: Any = load_policy(source_of(base), precision="float32")
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer.eos_token_id] *= 40
+    folder = tmp_path_factory.mktemp("stopping")
+    save_checkpoint(model, tokenizer, folder)
+    return folder
+
+
+ANSWERED = [  # prompts that hold the stop token, at the end of the turn before
+    Prompt((Message("user", "heron"), Message("assistant", "pier " * n), *one.messages), one.expected)
+    for n, one in enumerate(prompts())
+]
+
+
+@pytest.fixture
+def rounds(monkeypatch: pytest.MonkeyPatch) -> list[Round]:
+    """The rounds that are collected from here on."""
+    collect, found = Collector.collect, []
+
+    def kept(self: Collector, roles: Any, number: int) -> Any:
+        collected = collect(self, roles, number)
+        found.append(collected.round)
+        return collected
+
+    monkeypatch.setattr(Collector, "collect", kept)
+    return found
 
 
 def run(base: Path, work: Path, rewards: Any = None, heard: Listener | None = None, **changes: Any) -> Any:
@@ -142,10 +177,15 @@ def test_rewards_that_differ_from_align_score_are_refused(
 
 
 @pytest.mark.parametrize("average", ["tokens", "rows", "constant"])
-def test_a_step_cut_into_micro_batches_gives_the_same_policy(average: str, base: Path, tmp_path: Path) -> None:
+def test_a_step_cut_into_micro_batches_gives_the_same_policy(
+    average: str, stopping: Path, tmp_path: Path, rounds: list[Round]
+) -> None:
+    """A mean of the means of micro-batches would be another one: responses have different lengths."""
     for name, budget in (("whole", 8192), ("cut", 1)):
-        run(base, tmp_path / name, average=average, batch_tokens=budget, rounds=1)
-    start = weights_of(source_of(base))
+        run(stopping, tmp_path / name, average=average, batch_tokens=budget, rounds=1, given={"rows": ANSWERED})
+    assert rounds[0].responses == rounds[1].responses
+    assert len(set(map(len, rounds[0].responses))) > 2
+    start = weights_of(source_of(stopping))
     whole, cut = trained(tmp_path / "whole"), trained(tmp_path / "cut")
     assert (whole - start).norm() > 0.1
     assert (whole - cut).norm() / (whole - start).norm() < 2e-3
@@ -162,20 +202,28 @@ def test_padded_rows_give_the_same_policy_as_packed_ones(
     assert (packed - padded).norm() / (packed - start).norm() < 2e-3
 
 
-def test_pad_that_is_the_stop_token_changes_nothing(base: Path, tmp_path: Path) -> None:
+def test_pad_that_is_the_stop_token_changes_nothing(stopping: Path, tmp_path: Path, rounds: list[Round]) -> None:
     """Masks come from lengths: a stop token in a prompt, or at the end of a response, is a token."""
-    from transformers import AutoTokenizer
-
-    folder = tmp_path / "pad-is-eos"
-    folder.mkdir()
-    for file in base.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    folder = Path(shutil.copytree(stopping, tmp_path / "pad-is-eos"))
+    tokenizer = load_tokenizer(source_of(folder))
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(folder)
-    heard = [run(one, tmp_path / one.name, rounds=1).heard for one in (base, folder)]
+    stop, given = tokenizer.eos_token_id, {"rows": ANSWERED}
+    heard = [run(one, tmp_path / one.name, rounds=1, given=given).heard for one in (stopping, folder)]
+    assert torch.equal(*(trained(tmp_path / one.name) for one in (stopping, folder)))
     for name in ("round.reward", "round.kl", "round.entropy", "round.length", "train.policy_loss", "train.value_loss"):
-        assert heard[0].series(name) == pytest.approx(heard[1].series(name), abs=1e-6)
+        assert heard[0].series(name) == heard[1].series(name)
+    one, other = rounds
+    assert all(stop in prompt for prompt in one.prompts)
+    ended = [response for response in one.responses if response[-1] == stop]
+    assert len(set(map(len, ended))) > 1
+    assert len(ended) < len(one.responses)
+    assert (one.prompts, one.responses) == (other.prompts, other.responses)
+    for table in (one.old_logps, one.reference_logps, one.advantages):
+        assert [int(row.count_nonzero()) for row in table] == list(map(len, one.responses))
+        assert all(row[: len(response)].all() for row, response in zip(table, one.responses, strict=True))
+    real = sum(map(len, one.responses)) - len(ended)  # a length does not count the stop token
+    assert heard[0].series("round.length") == [real / len(one.responses)]
 
 
 class StopsAfter(Listener):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -17,7 +18,10 @@ from safetensors import SafetensorError
 
 from align.batches import pad
 from align.chat.encoded import Encoded
+from align.chat.templates import template_sha256
 from align.errors import AlignError, Interrupted, StageFailed
+from align.models.folders import load_tokenizer
+from align.models.hardware import device
 from align.models.loading import load_policy, load_reward
 from align.models.rewards import reward_scores
 from align.models.source import source_of
@@ -92,9 +96,13 @@ def test_every_checkpoint_says_where_it_came_from(done: Bench) -> None:
     assert made["aligned"].parents == made["reward"].parents == (made["adapter"].id,)
     assert made["adapter"].parents == (made["sft"].id,)
     assert [use.name for use in made["aligned"].data] == ["pairs"]
-    assert len({record.template_sha256 for record in made.values()}) == 1
+    assert {record.template_sha256 for record in made.values()} == {
+        template_sha256(load_tokenizer(source_of(record.path))) for record in made.values()
+    }
     assert None not in {record.tokenizer_sha256 for record in made.values()}
     assert made["sft"].versions["torch"] == torch.__version__
+    process = {"threads": str(torch.get_num_threads()), "device": str(device())}
+    assert [{name: record.versions[name] for name in process} for record in made.values()] == [process] * 5
     assert made["sft"].metrics["after.loss"]["value"] < made["sft"].metrics["before.loss"]["value"]
     assert made["merged"].metrics["merge.holds"] is True
     assert made["sft"].as_dict()["recipe"]["stages"]["sft"]["learning_rate"] == 1e-3
@@ -106,7 +114,9 @@ def test_dpo_starts_at_its_reference(done: Bench) -> None:
     assert record.metrics["before.margin"]["value"] == pytest.approx(0, abs=1e-5)
     assert record.metrics["after.margin"]["value"] > 0
     first = next(row for row in registry.metrics(record.run) if row.name == "train.loss")
-    assert first.value < 0.6932
+    assert (first.step, first.value) == (1, pytest.approx(math.log(2), abs=1e-4))
+    log = registry.run(record.run).work / "log.txt"
+    assert not log.exists() or "did not start out equal" not in log.read_text()
 
 
 def test_nothing_changed_nothing_runs(done: Bench) -> None:
@@ -234,6 +244,60 @@ def test_an_edited_checkpoint_is_refused_by_the_stage_that_starts_from_it(tiny_l
     with pytest.raises(AlignError, match=r"config\.json"):
         bench.run()
     assert len(bench.workshop().registry.all_checkpoints()) == 1
+
+
+def changed(file: Path, old: str, new: str) -> None:
+    """Another text in a file of the registry, of the same length."""
+    text = file.read_text()
+    assert old in text
+    assert len(old) == len(new)
+    file.chmod(0o644)
+    file.write_text(text.replace(old, new))
+
+
+@pytest.fixture
+def copy_of_done(done: Bench, tmp_path: Path) -> Bench:
+    """The chain with its registry, to be damaged."""
+    folder = Path(shutil.copytree(done.folder, tmp_path / "copy"))
+    assert {stage.action for stage in plan(Bench(folder, folder / "chain.yaml").workshop())} == {"reuse"}
+    return Bench(folder, folder / "chain.yaml")
+
+
+def refused(bench: Bench, *overrides: str, **named) -> str:
+    """What a run is refused with; nothing may have been begun."""
+    before = len(bench.workshop().registry.all_runs())
+    with pytest.raises(AlignError) as refusal:
+        bench.run(*overrides, **named)
+    assert refusal.value.exit_code == 2
+    assert len(bench.workshop().registry.all_runs()) == before
+    return refusal.value.message
+
+
+@pytest.mark.parametrize("overrides", [[], ["stages.sft.learning_rate=2.0e-3"]], ids=["reuse", "run"])
+def test_registered_data_that_was_edited_is_trained_on_by_no_run(copy_of_done: Bench, overrides: list[str]) -> None:
+    changed(copy_of_done.workshop().registry.data("harbour/talk").path / "train.jsonl", "is a boat", "is a goat")
+    message = refused(copy_of_done, *overrides, stages=["sft"])
+    assert "data set harbour/talk" in message
+    assert "changed behind the registry's back: train.jsonl" in message
+
+
+def test_a_damaged_checkpoint_that_nothing_starts_from_is_not_reused(copy_of_done: Bench) -> None:
+    changed(copy_of_done.workshop().registry.checkpoint("harbour/merged").path / "config.json", '"silu"', '"gelu"')
+    message = refused(copy_of_done)
+    assert "checkpoint harbour/merged" in message
+    assert "config.json" in message
+
+
+@pytest.mark.parametrize("edited", ["adapter", "sft"], ids=["itself", "its base"])
+def test_a_damaged_checkpoint_of_another_recipe_is_not_started_from(copy_of_done: Bench, edited: str) -> None:
+    registry = copy_of_done.workshop().registry
+    adapter = registry.checkpoint("harbour/adapter")
+    if edited == "adapter":
+        changed(adapter.path / "adapter_config.json", '"r": 4', '"r": 8')
+    else:
+        changed(registry.checkpoint(adapter.parents[0]).path / "config.json", '"silu"', '"gelu"')
+    message = refused(copy_of_done, "name=port", "stages.aligned.from=harbour/adapter", stages=["aligned"])
+    assert f"checkpoint harbour/{edited}" in message
 
 
 @pytest.mark.parametrize(

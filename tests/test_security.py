@@ -80,6 +80,31 @@ def test_no_module_of_ours_unpickles_unpacks_evaluates_or_starts_a_shell() -> No
     assert [one for one in found if one not in pickling] == []
 
 
+SERVERS = {  # modules that others could connect to, and the names of calls that let them
+    "http.server", "socketserver", "xmlrpc", "wsgiref", "flask", "fastapi", "starlette", "uvicorn", "hypercorn", "gunicorn",
+    "aiohttp", "tornado", "bottle", "django", "gradio", "streamlit", "dash", "grpc", "zmq", "multiprocessing.managers",
+}  # fmt: skip
+LISTENING = {"listen", "create_server", "start_server", "start_unix_server", "create_unix_server", "serve_forever"}
+
+
+def test_no_module_of_ours_is_a_server() -> None:
+    """The report is a file, and what is asked is asked of others."""
+    found, seen = [], set()
+    for file, tree in syntax_trees():
+        for node in ast.walk(tree):
+            names: list[str] = []
+            if isinstance(node, ast.Import):
+                names = [name.name for name in node.names]
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{name.name}" for name in node.names]
+            seen.update(names)
+            found += [f"{file.name}: {name}" for name in names if any(f"{name}.".startswith(f"{s}.") for s in SERVERS)]
+            if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in LISTENING:
+                found.append(f"{file.name}:{node.lineno}: {ast.unparse(node.func)}")
+    assert "socket" in seen, "of what asks servers, so names are found"
+    assert found == []
+
+
 def test_code_of_a_model_is_only_trusted_where_a_recipe_names_it() -> None:
     """Every `trust_remote_code=` passes on what the recipe says; none says yes by itself."""
     said = [

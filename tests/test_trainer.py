@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,14 @@ from align.errors import Interrupted, StageFailed
 from align.models.loading import load_policy
 from align.models.source import source_of
 from align.progress import Progress
-from align.recipe.settings import SftSettings
+from align.recipe.settings import AdapterSettings, SftSettings
 from align.stages.objectives import AnswerLoss
 from align.state import complete_states
 from align.steps import measure
 from align.stopping import signals_handled
 from align.streams import RowStream
 from align.trainer import Task, train
+from tests.ppo_kit import Listener
 
 
 def settings(**changes) -> SftSettings:
@@ -89,6 +91,40 @@ def test_resumed_equals_uninterrupted_to_the_bit(tiny_llama: Path, tmp_path: Pat
     assert torch.equal(weights(again.model), weights(never.model))
 
 
+class Crashes(Listener):
+    """Ends the training after a step as a bug would."""
+
+    step = -1  # none
+
+    @contextmanager
+    def bar(self, title: str, total: float):
+        listener, done = self, 0
+
+        class Bar:
+            def advance(self, amount: float = 1, *, tokens: int = 0, note: str = "") -> None:
+                nonlocal done
+                done += amount
+                if title == "training" and done == listener.step:
+                    raise RuntimeError("a bug")
+
+        yield Bar()
+
+
+def test_a_resumed_log_goes_on_from_the_step_of_the_state(tiny_llama: Path, tmp_path: Path) -> None:
+    """What was logged after the state that a crash left is forgotten, and no step stands there twice."""
+    heard, changes = Crashes(), {"save_steps": 2, "log_steps": 1}
+    heard.step = 4
+    with pytest.raises(RuntimeError, match="a bug"):
+        train(task(tiny_llama, tmp_path, **changes), heard)
+    steps = [step for step, values in heard.log if "train.loss" in values]
+    assert steps == [1, 2, 3]
+    heard.step = -1
+    train(task(tiny_llama, tmp_path, **changes), heard)
+    assert [step for step, values in heard.log if "train.loss" in values] == [1, 2, 3, 4, 5]
+    train(task(tiny_llama, tmp_path / "anew", **changes), heard)
+    assert [step for step, values in heard.log if "train.loss" in values] == [1, 2, 3, 4, 5]
+
+
 def test_a_state_without_its_mark_is_not_resumed_from(tiny_llama: Path, tmp_path: Path) -> None:
     with signals_handled(), pytest.raises(Interrupted):
         train(task(tiny_llama, tmp_path), StopsAfter(2, signal.SIGINT))
@@ -125,13 +161,27 @@ def test_each_epoch_has_every_row_once_and_batches_cross_its_seam() -> None:
     assert flat != [row for batch in RowStream(10, settings(epochs=3.0), seed=2) for row in batch]
 
 
-def test_measuring_leaves_the_mode_and_the_weights(tiny_gpt2: Path, tmp_path: Path) -> None:
-    some = task(tiny_gpt2, tmp_path)
-    before = weights(some.model).clone()
-    first = measure(some.model, some.objective, some.rows, some.settings)
-    assert some.model.training
-    assert first == measure(some.model, some.objective, some.rows, some.settings)
-    assert torch.equal(before, weights(some.model))
+@pytest.mark.parametrize("adapter", [None, AdapterSettings(rank=4, dropout=0.5)], ids=["model", "adapter"])
+def test_measuring_leaves_the_mode_and_the_weights(
+    tiny_gpt2: Path, tmp_path: Path, adapter: AdapterSettings | None
+) -> None:
+    """Held-out rows are measured without the dropout that the model trains with."""
+    model = load_policy(source_of(tiny_gpt2), adapter=adapter, trainable=True, precision="float32", dropout=not adapter)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.fill_(0.1)
+    some = replace(task(tiny_gpt2, tmp_path), model=model)
+    before = weights(model).clone()
+    noisy = [float(some.objective(model, some.rows)[0].detach()) for _ in range(2)]
+    assert noisy[0] != noisy[1]
+    first = measure(model, some.objective, some.rows, some.settings)
+    assert model.training
+    assert first == measure(model, some.objective, some.rows, some.settings)
+    assert torch.equal(before, weights(model))
+    with torch.no_grad():
+        quiet = float(some.objective(model.eval(), some.rows)[0]) / some.objective.weight(some.rows)
+    assert first["loss"] == pytest.approx(quiet, rel=1e-6)
 
 
 @pytest.mark.parametrize(("count", "epochs", "size", "steps"), [(10, 0.03, 4, 1), (30, 0.1, 1, 3), (41, 0.4, 16, 1)])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import shutil
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from align.chat.templates import check_template, prepare_tokenizer, template_sha
 from align.cli.main import main
 from align.data.examples import Conversation, Message
 from align.errors import StageFailed
+from align.memory import Budget
 from align.models.folders import load_tokenizer
 from align.models.loading import load_policy
 from align.models.logps import trained_logps
@@ -34,10 +37,10 @@ from align.ppo.collection import Collector
 from align.ppo.statistics import round_numbers
 from align.progress import Progress
 from align.recipe.file import load_recipe
-from align.recipe.settings import DpoSettings, IpoLoss, OrpoLoss, SigmoidLoss
+from align.recipe.settings import DpoSettings, IpoLoss, KtoLoss, OrpoLoss, SigmoidLoss
 from align.registry import Registry
 from align.run import run_recipe
-from align.stages.objectives import ComparedPair, PreferenceLoss
+from align.stages.objectives import ComparedPair, PreferenceLoss, RatedLoss, RatedRow
 from align.steps import measure
 from align.trainer import Task, train
 from tests.ppo_kit import settings as ppo_settings
@@ -132,11 +135,21 @@ def pairs() -> list[ComparedPair]:
     return made
 
 
+def rated() -> list[RatedRow]:
+    """The replies of those pairs, each with its neighbour's; the baseline of each alone would be another one."""
+    return [
+        RatedRow(one.pair.chosen, number % 2 == 0, -9.0, one.pair.rejected, -20.0 - 4.0 * number)
+        for number, one in enumerate(pairs())
+    ]
+
+
 @pytest.mark.parametrize(
-    "loss", [SigmoidLoss(), IpoLoss(kind="ipo"), OrpoLoss(kind="orpo")], ids=["sigmoid", "ipo", "orpo"]
+    "loss",
+    [SigmoidLoss(), IpoLoss(kind="ipo"), OrpoLoss(kind="orpo"), KtoLoss(kind="kto")],
+    ids=["sigmoid", "ipo", "orpo", "kto"],
 )
 def test_a_step_of_pairs_is_the_same_however_it_is_cut(tiny_llama: Path, tmp_path: Path, loss: object) -> None:
-    """Nine pairs at once, and nine times one; the loss of the last step and the weights."""
+    """Nine pairs (for KTO, rated replies) at once, and nine times one; the loss of the last step and the weights."""
     found: list[tuple[float, torch.Tensor]] = []
     for budget in (4096, 1):
         model = load_policy(source_of(tiny_llama), trainable=True, precision="float32")
@@ -145,9 +158,14 @@ def test_a_step_of_pairs_is_the_same_however_it_is_cut(tiny_llama: Path, tmp_pat
             "precision": "float32", "log_steps": 1,
         })  # fmt: skip
         objective: Objective = PreferenceLoss(loss, beta=0.1)  # type: ignore[arg-type]
-        train(Task(model, objective, pairs(), [], settings, 0, tmp_path / str(budget)), Progress())
+        rows: Sequence[Any] = pairs()
+        if isinstance(loss, KtoLoss):
+            objective, rows = RatedLoss(loss, beta=0.1, budget=Budget.of(settings)), rated()
+        train(Task(model, objective, rows, [], settings, 0, tmp_path / str(budget)), Progress())
         weights = torch.cat([weight.detach().flatten() for weight in model.parameters()])
-        found.append((measure(model, objective, pairs(), settings)["loss"], weights))
+        numbers = measure(model, objective, rows, settings)
+        assert numbers.get("kl", 1.0) > 0.1, "a baseline of 0 is the same however it is cut"
+        found.append((numbers["loss"], weights))
     (whole, weights), (cut, others) = found
     assert cut == pytest.approx(whole, rel=2e-5)
     start = torch.cat([weight.detach().flatten() for weight in load_policy(source_of(tiny_llama)).parameters()])
@@ -292,3 +310,22 @@ def test_paths_with_spaces_and_quotes_are_only_paths(command: Callable[..., str]
     assert not Path("PWNED").exists()
     assert load_recipe(odd).name == "good"
     assert not Registry.open(create=False).all_runs()
+
+
+def test_every_test_that_the_table_of_traps_names_exists() -> None:
+    """docs/traps.md names them without their prefixes: file::name, ::name of the file before it, file::* for all."""
+    here = Path(__file__).parent
+    rows = (here.parent / "docs" / "traps.md").read_text(encoding="utf-8").splitlines()
+    cells = [row.split("|")[3] for row in rows if row.startswith("| ")]
+    assert len(cells) > 70
+    named, missing = 0, []
+    for cell in cells:
+        file = ""
+        for stem, name in re.findall(r"(\w*)::(\w+|\*)", cell):
+            file, named = stem or file, named + 1
+            source = here / f"test_{file}.py"
+            text = source.read_text(encoding="utf-8") if source.is_file() else ""
+            if f"def test_{'' if name == '*' else name + '('}" not in text:
+                missing.append(f"{file}::{name}")
+    assert named > 100
+    assert missing == []
