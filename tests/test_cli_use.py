@@ -372,20 +372,44 @@ def test_asking_for_a_checkpoint_makes_no_registry(align_home):
     assert not align_home.exists()
 
 
-def test_a_checkpoint_changed_behind_the_registry_is_refused(harbour):
+def test_a_checkpoint_changed_behind_the_registry_is_refused_by_its_name_and_by_its_path(harbour, tmp_path):
     record = Registry.open().checkpoint(harbour)
     file = record.path / "config.json"
     file.chmod(0o644)
     record.path.chmod(0o755)
     file.write_text(file.read_text().replace("256", "512"))
-    with pytest.raises(AlignError, match=r"config\.json"):
-        resolve(harbour)
+    (tmp_path / "link").symlink_to(record.path)
+    for reference in (harbour, str(record.path), f"{record.path}/.", str(tmp_path / "link")):
+        with pytest.raises(AlignError, match=r"harbour/sft.*config\.json"):
+            resolve(reference)
+
+
+def test_a_checkpoint_is_known_by_its_path_where_the_checkpoints_lie_on_another_disk(harbour, align_home, tmp_path):
+    (align_home / "checkpoints").rename(tmp_path / "disk")
+    (align_home / "checkpoints").symlink_to(tmp_path / "disk")
+    record = Registry.open().checkpoint(harbour)
+    (record.path / "added").touch()
+    with pytest.raises(AlignError, match="added was added"):
+        resolve(str(record.path))
+
+
+def test_a_folder_outside_the_registry_is_used_whatever_became_of_that(harbour, tiny_llama, align_home, tmp_path):
+    record = Registry.open().checkpoint(harbour)
+    shutil.copytree(record.path, tmp_path / "copy")
+    for file in align_home.glob("registry.db-*"):
+        file.unlink()
+    (align_home / "registry.db").write_bytes(b"not a database, not at all" * 100)
+    for folder in (tiny_llama, tmp_path / "copy"):
+        assert resolve(str(folder)).path == str(folder.resolve())
+    with pytest.raises(AlignError, match=r"registry\.db is damaged"):
+        resolve(str(record.path))
 
 
 def test_another_chat_template_than_the_recorded_one_is_refused(harbour, monkeypatch):
     monkeypatch.setattr("align.chat.templates.template_sha256", lambda _: "0" * 64)
-    with pytest.raises(AlignError, match="its chat template"):
-        resolve(harbour)
+    for reference in (harbour, str(Registry.open().checkpoint(harbour).path)):
+        with pytest.raises(AlignError, match="its chat template"):
+            resolve(reference)
 
 
 def test_an_adapter_is_refused_when_its_registered_base_changed(harbour, tmp_path):

@@ -21,7 +21,7 @@ from align.models.loading import load_policy, load_reward
 from align.models.merging import MergeVerdict, choose_base, materialize, merge
 from align.models.saving import save_checkpoint
 from align.models.source import source_of
-from align.registry import DataUse, Registry
+from align.registry import DataRecord, DataUse, Registry
 from tests.test_models_training import IDS, WAYS, logits, save, train
 
 ROWS = IDS.tolist()
@@ -198,9 +198,8 @@ def test_the_verdict_is_measured_on_the_text_that_is_given(adapter: Path, tmp_pa
     assert json.loads(done.stdout)["text"] == str(data)
 
 
-def test_a_registered_adapter_is_measured_on_the_held_out_rows_it_was_trained_with(
-    tiny_llama: Path, tmp_path: Path
-) -> None:
+def registered(base: Path) -> DataRecord:
+    """A registered adapter, toy/adapter, and the data that it was trained on."""
     registry = Registry.open()
     rows = [Document(f"The heron carried {n} crates of figs.") for n in range(4)]
     aside = registry.new_folder("data")
@@ -208,10 +207,34 @@ def test_a_registered_adapter_is_measured_on_the_held_out_rows_it_was_trained_wi
     data = registry.add_data("toy/figs", "key", aside, {})
     run = registry.begin_run(recipe="toy", stage="adapter", kind="sft", key="k", settings={}, inputs={}, seed=0)
     with run:
-        trained(tiny_llama, run.artifact, "lora", steps=1)
+        trained(base, run.artifact, "lora", steps=1)
         use = DataUse("figs", data.id, 4)
         run.finish_checkpoint(name="toy/adapter", kind="adapter", parents=[], data=[use], metrics={}, versions={})
+    return data
+
+
+def test_a_registered_adapter_is_measured_on_the_held_out_rows_it_was_trained_with(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    registered(tiny_llama)
     done = CliRunner().invoke(
         merge_command, ["toy/adapter", "--out", str(tmp_path / "out")], catch_exceptions=False, standalone_mode=False
     )
     assert "the held-out rows of toy/figs" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["test.jsonl", "report.json"])
+def test_rows_that_were_edited_behind_the_registry_are_not_measured_on(
+    name: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    file = registered(tiny_llama).path / name
+    file.chmod(0o644)
+    file.write_text('{"x": 1}\n')
+    with pytest.raises(AlignError, match=rf"data set toy/figs .*{name}"):
+        CliRunner().invoke(
+            merge_command,
+            ["toy/adapter", "--out", str(tmp_path / "out")],
+            catch_exceptions=False,
+            standalone_mode=False,
+        )
+    assert not (tmp_path / "out").exists()

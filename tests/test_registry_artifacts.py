@@ -13,7 +13,7 @@ import pytest
 
 from align.errors import AlignError, StageFailed
 from align.registry import CheckpointRecord, Registry
-from align.registry.artifacts import folder_size, seal
+from align.registry.artifacts import folder_size, seal, write_synced
 from align.registry.hashing import Manifest, folder_manifest
 from tests.registry_fill import add_checkpoint, add_data, begin, finish
 
@@ -173,12 +173,22 @@ def test_files_are_synced_before_folders_before_the_rename_before_its_parent_bef
     assert record.path.is_dir()
 
 
+def test_a_small_file_is_synced_before_it_takes_its_name_and_its_folder_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = watch(monkeypatch, tmp_path)
+    write_synced(tmp_path / "mark", "text")
+    aside, folder = f"{tmp_path.name}/.mark-{os.getpid()}", tmp_path.name
+    assert events == [f"sync {aside}", f"replace {aside}", f"sync {folder}"]
+    assert (tmp_path / "mark").read_text() == "text"
+
+
 def watch(monkeypatch: pytest.MonkeyPatch, artifact: Path) -> list[str]:
     """What is synced, renamed and committed from now on, in order."""
     from sqlalchemy import Connection
 
     events: list[str] = []
-    fsync, rename, commit = os.fsync, os.rename, Connection.commit
+    fsync, rename, replace, commit = os.fsync, os.rename, os.replace, Connection.commit
 
     def label(path: Path) -> str:
         return path.relative_to(artifact.parent).as_posix() if path.is_relative_to(artifact) else path.name
@@ -191,12 +201,17 @@ def watch(monkeypatch: pytest.MonkeyPatch, artifact: Path) -> list[str]:
         events.append(f"rename {label(source)}")
         rename(source, target)
 
+    def watched_replace(source: Path, target: Path) -> None:
+        events.append(f"replace {label(source)}")
+        replace(source, target)
+
     def watched_commit(connection: Connection) -> None:
         events.append("commit")
         commit(connection)
 
     monkeypatch.setattr(os, "fsync", watched_fsync)
     monkeypatch.setattr(os, "rename", watched_rename)
+    monkeypatch.setattr(os, "replace", watched_replace)
     monkeypatch.setattr(Connection, "commit", watched_commit)
     return events
 
@@ -241,3 +256,38 @@ def test_a_folder_that_is_swept_while_it_is_measured_has_the_size_of_what_is_lef
 
     monkeypatch.setattr(os, "scandir", scan)
     assert folder_size(tmp_path) == 5
+
+
+def test_links_are_measured_as_links_and_not_followed(tmp_path: Path) -> None:
+    outside, folder = tmp_path / "outside", tmp_path / "folder"
+    outside.mkdir()
+    folder.mkdir()
+    (outside / "file").write_bytes(b"1" * 5000)
+    (folder / "file").write_bytes(b"12345")
+    (folder / "to-folder").symlink_to(outside)
+    (folder / "to-file").symlink_to(outside / "file")
+    (folder / "to-nothing").symlink_to("nowhere")
+    links = sum((folder / name).lstat().st_size for name in ("to-folder", "to-file", "to-nothing"))
+    assert folder_size(folder) == 5 + links
+    assert folder_size(folder / "to-folder") == 0
+
+
+def test_a_folder_is_measured_in_time_that_grows_with_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No name is looked for among the others."""
+    compared = 0
+
+    class Name(str):
+        __slots__ = ()
+        __hash__ = str.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            nonlocal compared
+            compared += 1
+            return str.__eq__(self, other)
+
+    names = [Name(number) for number in range(100)]
+    monkeypatch.setattr(os, "walk", lambda folder: iter([(folder, [], names)]))
+    folder_size(tmp_path)
+    assert compared <= len(names)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
+from pathlib import Path
 
 import pytest
 
@@ -88,12 +90,12 @@ def test_folders_without_a_row_go_but_not_while_they_are_being_filled(registry: 
         "checkpoints/0123456789abcdef",
         "data/.removed-x-1-2",
         "runs/0123456789ab",
-        "runs/beginning",
-        "runs/locking",
+        "runs/bebebebebebe",
+        "runs/1010101010cc",
     ):
         (registry.home / place).mkdir()
     (registry.home / "runs" / "0123456789ab" / "lock").write_text("4711\n")  # and nobody holds it
-    (registry.home / "runs" / "locking" / "lock").touch()  # opened, and not yet locked
+    (registry.home / "runs" / "1010101010cc" / "lock").touch()  # opened, and not yet locked
     fresh, forgotten = registry.new_folder("data"), registry.new_folder("data")
     os.utime(forgotten, (time.time() - 2 * 86400,) * 2)
     gone = registry.gc()
@@ -102,7 +104,7 @@ def test_folders_without_a_row_go_but_not_while_they_are_being_filled(registry: 
         "0123456789abcdef", ".removed-x-1-2", "0123456789ab", forgotten.name,
     }  # fmt: skip
     assert fresh.is_dir()
-    for name in ("beginning", "locking"):
+    for name in ("bebebebebebe", "1010101010cc"):
         assert (registry.home / "runs" / name).is_dir(), "it is about to take its lock"
 
 
@@ -141,4 +143,107 @@ def test_what_can_be_made_again_goes_when_it_was_not_used_for_a_month(registry: 
     assert not tokens.exists()
     assert not logps.exists()
     assert tokens.with_name("cc").exists()
+    assert registry.gc() == []
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> Path:
+    """A folder of somebody's own, with a file that nobody has used for long."""
+    folder = tmp_path / "outside"
+    folder.mkdir()
+    (folder / "precious").write_text("mine")
+    os.utime(folder / "precious", (time.time() - 90 * 86400,) * 2)
+    return folder
+
+
+def test_what_people_put_there_is_left_and_said_and_does_not_stop_a_sweep(
+    registry: Registry, outside: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    old = add_checkpoint(registry, content="old")
+    add_checkpoint(registry, content="new")
+    strays = []
+    for place in ("checkpoints", "data", "runs"):
+        folder = registry.home / place
+        (folder / ".DS_Store").write_text("finder")
+        (folder / "notes.txt").write_text("mine")
+        (folder / "0123456789abcdef").write_text("a file")
+        (folder / "my-model").mkdir()
+        (folder / "link").symlink_to(outside)
+        (folder / "to-nothing").symlink_to("nowhere")
+        names = (".DS_Store", "notes.txt", "0123456789abcdef", "my-model", "link", "to-nothing")
+        strays += [folder / name for name in names]
+    told = registry.gc(dry_run=True)
+    caplog.clear()
+    assert [removal.id for removal in registry.gc()] == [removal.id for removal in told] == [old.id]
+    assert all(path.is_symlink() or path.exists() for path in strays)
+    assert (outside / "precious").read_text() == "mine"
+    assert caplog.messages[0] == f"{strays[2]} is left as it is: align did not make it"
+    assert caplog.messages[-1] == "... and 10 more"
+    assert "DS_Store" not in caplog.text
+
+
+def test_of_a_link_in_the_place_of_a_folder_only_the_link_goes(registry: Registry, outside: Path) -> None:
+    """As where a checkpoint was moved to another disk."""
+    old = add_checkpoint(registry, content="old")
+    add_checkpoint(registry, content="new")
+    old.path.rename(outside / "moved")
+    old.path.symlink_to(outside / "moved")
+    links = [old.path]
+    for name in ("checkpoints/0123456789abcdef", "data/.removed-x-1-2", "runs/0123456789ab"):
+        links.append(registry.home / name)
+        links[-1].symlink_to(outside)
+    assert {removal.path for removal in registry.gc()} == set(links)
+    assert not any(path.is_symlink() for path in links)
+    assert sorted(path.name for path in outside.iterdir()) == ["moved", "precious"]
+    assert (outside / "moved" / "model.safetensors").read_text() == "old"
+
+
+def test_links_among_caches_and_runs_are_not_followed(registry: Registry, outside: Path) -> None:
+    (registry.home / "cache" / "documents").symlink_to(outside)
+    (registry.home / "cache" / "tokens").mkdir()
+    stale = registry.home / "cache" / "tokens" / "aa"
+    stale.symlink_to(outside)
+    os.utime(stale, (time.time() - 90 * 86400,) * 2, follow_symlinks=False)
+    run = registry.run(add_checkpoint(registry).run)
+    (outside / "state").mkdir()
+    (run.work / "lock").unlink()
+    run.work.rmdir()
+    run.work.symlink_to(outside)
+    assert [removal.path for removal in registry.gc()] == [stale]
+    assert not stale.is_symlink()
+    assert sorted(path.name for path in outside.iterdir()) == ["precious", "state"]
+
+
+@pytest.mark.parametrize("torn", ["{", "{}", "[1]", '[{"table": "plans"}]', "\udcff", None])
+def test_a_finish_json_that_cannot_be_read_is_said_and_stays_with_what_it_may_name(
+    registry: Registry, torn: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    old = add_checkpoint(registry, content="old")
+    add_checkpoint(registry, content="new")
+    run = fail(registry, "dpo")
+    result, file = registry.home / "checkpoints" / "0123456789abcdef", run.work / "finish.json"
+    result.mkdir()
+    (result / "model.safetensors").write_text("trained for a week")
+    if torn is None:
+        os.mkfifo(file)
+    else:
+        file.write_text(torn, encoding="utf-8", errors="surrogateescape")
+    assert [removal.id for removal in registry.gc()] == [old.id]
+    assert result.is_dir()
+    assert file.exists()
+    assert caplog.messages == [
+        f"{file} cannot be read: the result that it may name is not recorded. Put it back, or remove it.",
+        f"{result} is left as it is: {file}, which cannot be read, may name it",
+    ]
+    assert registry.run(run.id).status == "failed"
+    file.unlink()
+    assert [removal.path for removal in registry.gc()] == [result]
+
+
+def test_a_result_into_which_a_link_was_put_before_it_got_its_row_is_not_adopted(registry: Registry) -> None:
+    run = fail(registry, "dpo")
+    entry = {"table": "checkpoints", "id": "0" * 64, "columns": {}, "folder": f"runs/{run.id}/artifact"}
+    (run.work / "artifact" / "link").symlink_to("nowhere")
+    (run.work / "finish.json").write_text(json.dumps([entry]))
+    assert registry.recover() == []
     assert registry.gc() == []

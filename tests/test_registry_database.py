@@ -272,6 +272,88 @@ def test_a_home_that_lost_its_mark_alone_gets_it_back(align_home: Path) -> None:
     assert (align_home / "registry-id").read_text() == before
 
 
+def test_an_empty_mark_is_written_again_and_hides_no_lost_database(align_home: Path) -> None:
+    add_checkpoint(Registry.open())
+    mark = align_home / "registry-id"
+    before = mark.read_text()
+    mark.write_text("")
+    (align_home / "checkpoints" / "my-model").mkdir()
+    assert len(Registry.open(create=False).all_checkpoints()) == 1
+    Registry.open()
+    assert mark.read_text() == before
+    mark.write_text("")
+    lose_database(align_home)
+    with pytest.raises(AlignError, match="belongs to no registry"):
+        Registry.open()
+
+
+def a_folder(mark: Path) -> None:
+    mark.mkdir()
+
+
+def a_link_to_itself(mark: Path) -> None:
+    mark.symlink_to(mark.name)
+
+
+def not_utf8(mark: Path) -> None:
+    mark.write_bytes(b"\xff\xfe\x1b]0;x")
+
+
+@pytest.mark.parametrize("spoil", [a_folder, a_link_to_itself, not_utf8])
+@pytest.mark.parametrize("create", [True, False])
+def test_a_mark_that_cannot_be_read_is_refused_with_what_to_do(align_home: Path, spoil, create: bool) -> None:
+    add_checkpoint(Registry.open())
+    mark = align_home / "registry-id"
+    mark.unlink()
+    spoil(mark)
+    with pytest.raises(AlignError, match=r"registry-id (cannot be read|is damaged)") as refusal:
+        Registry.open(create=create)
+    assert refusal.value.message.isprintable()
+    assert "Remove it" in refusal.value.hint
+    assert refusal.value.exit_code == 2
+
+
+REFUSED = """
+from align.errors import AlignError
+from align.registry import Registry
+try:
+    print(Registry.open(create=False).all_runs())
+except AlignError as error:
+    print(error.message)
+"""
+
+
+def refused(*before: str) -> str:
+    """What is said to a process that opens the registry, begun by way of the command `before`."""
+    command = [*before, sys.executable, "-c", REFUSED]
+    return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True, timeout=60).stdout
+
+
+def test_a_mark_that_is_a_pipe_is_not_waited_for(align_home: Path) -> None:
+    Registry.open()
+    (align_home / "registry-id").unlink()
+    os.mkfifo(align_home / "registry-id")
+    assert "registry-id: a pipe or a device" in refused()
+
+
+@pytest.mark.parametrize("closed", ["registry.db", "registry-id", "."])
+def test_what_may_not_be_read_is_said_to_be_so(align_home: Path, closed: str) -> None:
+    registry = Registry.open()
+    add_checkpoint(registry)
+    registry._database._engine.dispose()  # leaves no write-ahead log behind
+    before = [] if os.geteuid() else ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all"]
+    if before and not shutil.which("setpriv"):
+        pytest.skip("root may read everything here: giving that up needs util-linux")
+    mode = (align_home / closed).stat().st_mode
+    (align_home / closed).chmod(0)
+    try:
+        said = refused(*before)
+    finally:
+        (align_home / closed).chmod(mode)
+    assert str(align_home) in said
+    assert "cannot be read" in said
+
+
 READER = """
 import json
 from align.errors import AlignError

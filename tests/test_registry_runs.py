@@ -7,12 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from align.errors import AlignError, Interrupted
-from align.registry import NewData, Registry, Run
+from align.registry import NewData, Registry, Run, recovery, registration
 from tests.registry_fill import add_checkpoint, begin, fail, finish
 
 
@@ -190,3 +192,48 @@ def test_settings_and_inputs_come_back(registry: Registry) -> None:
     assert record.settings == {"epochs": 2}
     assert record.as_dict()["inputs"] == {"parent": "org/base"}
     assert "settings" not in record.summary()
+
+
+def signalled_after(work: Callable[..., list[int]]) -> Callable[..., list[int]]:
+    """The same work, and a signal right after its commit."""
+
+    def done_and_stopped(*values: Any) -> list[int]:
+        work(*values)
+        raise Interrupted(signal.SIGTERM, "stopped by SIGTERM")
+
+    return done_and_stopped
+
+
+def test_a_signal_right_after_the_commit_leaves_a_finished_run_and_one_checkpoint(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = begin(registry)
+    run.log("step 1")
+    with monkeypatch.context() as patched:
+        patched.setattr(registration, "publish_all", signalled_after(registration.publish_all))
+        with pytest.raises(Interrupted), run:
+            finish(run, "harbour/sft", "w")
+    record = registry.run(run.id)
+    assert (record.status, record.message) == ("finished", "")
+    assert sorted(path.name for path in run.work.iterdir()) == ["lock", "log.txt"]
+    assert (run.work / "log.txt").read_text() == "step 1\n"
+    assert registry.recover() == []
+    assert len(registry.all_checkpoints()) == 1
+
+
+def test_a_result_is_recorded_once_though_two_saw_it_unrecorded_and_the_first_left_its_papers(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(*_: object) -> list[int]:
+        raise OSError("power cut")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(registration, "publish_all", lost)
+        with pytest.raises(OSError, match="power cut"), begin(registry) as run:
+            finish(run, "harbour/sft", "w")
+    seen = registry.run(run.id)
+    monkeypatch.setattr(recovery, "clear_work", lambda _work: None)
+    assert registry.recover() == [run.id]
+    assert (run.work / "finish.json").exists()
+    assert not recovery._finish(registry._database, registry.home, seen)
+    assert len(registry.all_checkpoints()) == 1

@@ -119,11 +119,11 @@ def _held_out(checkpoint: str) -> tuple[list[Example], str]:
     from align.data.prepared import read_prepared
     from align.registry import Registry
 
-    registry = Registry.open(create=False)
-    if Path(checkpoint).is_dir() or not registry.knows(checkpoint):
+    if Path(checkpoint).is_dir() or not (registry := Registry.open(create=False)).knows(checkpoint):
         return [], ""
     for use in registry.checkpoint(checkpoint).data:
         record = registry.data(use.id)
+        registry.check_unchanged(record)
         if rows := read_prepared(record.path).test[:MOST_ROWS]:
             return list(rows), f"the held-out rows of {record.name}"
     return [], ""

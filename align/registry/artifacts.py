@@ -84,7 +84,12 @@ def problems(folder: Path, manifest: Manifest, *, thorough: bool) -> list[str]:
 
 
 def discard(folder: Path) -> None:
-    """Removes a folder by way of another name, so that a crash half way leaves nothing half under the old one."""
+    """Removes a folder by way of another name, so that a crash half way leaves nothing half under the old one.
+
+    Of a link only the link goes: what it points to is not ours.
+    """
+    if folder.is_symlink():
+        folder.unlink(missing_ok=True)
     if not folder.is_dir():
         return
     doomed = folder.with_name(f"{REMOVED}{folder.name}-{os.getpid()}-{time.monotonic_ns()}")
@@ -108,12 +113,16 @@ def write_synced(path: Path, text: str) -> None:
 
 
 def folder_size(folder: Path) -> int:
-    """Bytes of everything below `folder`, of what is there: its owner, or another process, may be sweeping it."""
+    """Bytes of everything below `folder`, of what is there: its owner, or another process, may be sweeping it.
+
+    Links are not followed; one in the place of the folder has nothing below it.
+    """
     size = 0
-    for place, folders, files in os.walk(folder):
-        for path in (Path(place, name) for name in (*files, *folders)):
+    for place, folders, files in () if folder.is_symlink() else os.walk(folder):
+        links = (name for name in folders if Path(place, name).is_symlink())
+        for name in (*files, *links):
             with suppress(FileNotFoundError):
-                size += path.lstat().st_size if path.is_symlink() or path.name in files else 0
+                size += Path(place, name).lstat().st_size
     return size
 
 

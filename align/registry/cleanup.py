@@ -6,7 +6,6 @@ these was made from.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,16 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from align.registry import queries
-from align.registry.artifacts import NEW, discard, folder_size
-from align.registry.locks import FileLock, is_held
+from align.registry.artifacts import discard, folder_size
+from align.registry.leftovers import DAY_SECONDS, leftovers
+from align.registry.locks import FileLock
 from align.registry.records import CheckpointRecord, DataRecord, RunRecord
 from align.registry.references import ids_in
-from align.registry.registration import FOLDERS, PENDING, clear_work, disposable, home_lock, is_uncleared
+from align.registry.registration import clear_work, disposable, home_lock, is_uncleared
 
 if TYPE_CHECKING:
     from align.registry.database import Database
 
-DAY_SECONDS = 86400
 CACHED_DAYS = 30  # for which what can be made again is kept since it was last used
 
 AnyRecord = TypeVar("AnyRecord", CheckpointRecord, DataRecord)
@@ -118,7 +117,10 @@ def _removals(database: Database, home: Path) -> list[Removal]:
     return [
         *_superseded(checkpoints, kept, "checkpoint"),
         *_superseded(data, kept, "data"),
-        *_leftovers(database, home),
+        *(
+            Removal("leftover", path.name, "", path, folder_size(path), "it was never registered: a crash left it")
+            for path in leftovers(database, home)
+        ),
         *_dead_state([run for run in runs if run.status != "running"], {run.id for run in pins}),
         *_unused(home),
     ]
@@ -167,46 +169,6 @@ def _superseded(records: Sequence[AnyRecord], kept: set[str], what: Literal["che
     ]  # fmt: skip
 
 
-def _leftovers(database: Database, home: Path) -> list[Removal]:
-    pending = [entry for path in home.glob(f"runs/*/{PENDING}") for entry in _entries(path)]
-    known = queries.artifact_paths(database)
-    known |= {f"{FOLDERS[entry['table']]}/{entry['id'][:16]}" for entry in pending}
-    known |= {f"runs/{row['id']}" for row in database.read("SELECT id FROM runs")}
-    places = [place for place in (*FOLDERS.values(), "runs") if (home / place).is_dir()]
-    unknown = (path for place in places for path in (home / place).iterdir() if f"{place}/{path.name}" not in known)
-    return [
-        Removal("leftover", folder.name, "", folder, folder_size(folder), "it was never registered: a crash left it")
-        for folder in sorted(unknown)
-        if not _in_use(folder)
-    ]
-
-
-def _entries(pending: Path) -> list[dict[str, Any]]:
-    """Artifacts that a run is about to record; none when it has just done so."""
-    try:
-        return list(json.loads(pending.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return []
-
-
-def _in_use(folder: Path) -> bool:
-    """A run that begins, or a folder that somebody may still be filling; one that has just gone needs no sweeping."""
-    try:
-        young = time.time() - folder.stat().st_mtime < DAY_SECONDS
-        begins = folder.parent.name == "runs" and not _was_locked(folder / "lock")
-        return is_held(folder / "lock") or (young and (begins or folder.name.startswith(NEW)))
-    except FileNotFoundError:
-        return True
-
-
-def _was_locked(lock: Path) -> bool:
-    """Whether somebody has ever held it: the file is there, and empty, before its owner has locked it and left its number."""
-    try:
-        return lock.stat().st_size > 0
-    except FileNotFoundError:
-        return False
-
-
 def _dead_state(ended: Sequence[RunRecord], pinned: set[str]) -> list[Removal]:
     return [
         Removal("state", run.id, f"{run.recipe}/{run.stage}", run.work, _state_size(run), _why_dead(run))
@@ -218,10 +180,10 @@ def _dead_state(ended: Sequence[RunRecord], pinned: set[str]) -> list[Removal]:
 def _unused(home: Path) -> list[Removal]:
     """Tokens and log-probabilities that nobody read for a while; whoever reads them sets their time."""
     removals = []
-    for path in sorted(home.glob("cache/*/*")):
+    for path in sorted(path for path in home.glob("cache/*/*") if not path.parent.is_symlink()):
         try:
-            idle = time.time() - path.stat().st_mtime
-            size = path.stat().st_size if path.is_file() else folder_size(path)
+            idle = time.time() - path.lstat().st_mtime
+            size = path.lstat().st_size if path.is_file() else folder_size(path)
         except FileNotFoundError:
             continue
         if idle > CACHED_DAYS * DAY_SECONDS:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from align.errors import AlignError, StageFailed
 from align.registry.mounts import network_filesystem
@@ -74,12 +74,9 @@ class SqliteDatabase:
         if self._path.is_dir():
             raise AlignError(f"the registry {self._path} is a folder, not a file", "Remove it, or set ALIGN_HOME.")
         try:
-            return self._select(sql, values, "mode=rw")
+            return self._select_even_read_only(sql, values)
         except sqlite3.OperationalError as error:
-            if "readonly" not in str(error) and "unable to open" not in str(error):
-                raise _explained(self._path, error) from error
-            self._refuse_unfinished_log()
-            return self._select(sql, values, "immutable=1")  # a read-only disk has no room for WAL's shared memory
+            raise _explained(self._path, error, "read") from error
         except sqlite3.DatabaseError as error:
             raise _damaged(self._path, error) from error
 
@@ -95,6 +92,16 @@ class SqliteDatabase:
                 f"the registry {self._path} was not closed cleanly and its folder cannot be written",
                 "Copy the folder to a place that can be written and set ALIGN_HOME to it.",
             )
+
+    def _select_even_read_only(self, sql: str, values: Row) -> list[Row]:
+        """A read-only disk has no room for the shared memory of the write-ahead log."""
+        try:
+            return self._select(sql, values, "mode=rw")
+        except sqlite3.OperationalError as error:
+            if "readonly" not in str(error) and "unable to open" not in str(error):
+                raise
+            self._refuse_unfinished_log()
+            return self._select(sql, values, "immutable=1")
 
     def _select(self, sql: str, values: Row, mode: str) -> list[Row]:
         address = f"{self._path.absolute().as_uri()}?{mode}"
@@ -118,7 +125,7 @@ class SqliteDatabase:
                     raise
                 connection.commit()
         except DatabaseError as error:
-            raise _explained(self._path, error.orig or error) from error
+            raise _explained(self._path, error.orig or error, "written") from error
 
     @cached_property
     def _engine(self) -> Engine:
@@ -224,10 +231,10 @@ def _begin_immediate(connection: Connection) -> None:
             return
 
 
-def _explained(path: Path, error: BaseException) -> BaseException:
+def _explained(path: Path, error: BaseException, done: Literal["read", "written"]) -> BaseException:
     text = str(error)
     if "readonly" in text or "unable to open" in text:
-        return AlignError(f"the registry {path} cannot be written: {text}", "Check the permissions, or set ALIGN_HOME.")
+        return AlignError(f"the registry {path} cannot be {done}: {text}", "Check the permissions, or set ALIGN_HOME.")
     if "disk is full" in text:
         return StageFailed(f"the registry {path} cannot be written: {text}", "Free some space; nothing was registered.")
     if "disk I/O" in text:

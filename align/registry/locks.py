@@ -81,7 +81,7 @@ def is_held(path: Path) -> bool:
     """Whether a living process holds the lock. Works on a read-only disk too; a missing file is a free lock."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     try:
         return not _try_lock(descriptor, fcntl.LOCK_SH)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,10 +11,13 @@ from align.registry import queries
 from align.registry.hashing import Manifest, folder_manifest
 from align.registry.locks import FileLock
 from align.registry.records import RunRecord
-from align.registry.registration import PENDING, Output, clear_work, publish_all, target_path
+from align.registry.references import printable
+from align.registry.registration import PENDING, Output, clear_work, publish_all, read_pending, target_path
 
 if TYPE_CHECKING:
     from align.registry.database import Database
+
+logger = logging.getLogger(__name__)
 
 
 def recover(database: Database, home: Path) -> list[str]:
@@ -34,18 +37,35 @@ def _finish(database: Database, home: Path, record: RunRecord) -> bool:
     if not lock.acquire():
         return False
     try:
-        if not (record.work / PENDING).exists():
+        if not queries.runs(database, home, "r.id = :id AND r.status <> 'finished'", id=record.id):
             return False  # another process was first
-        ready: list[tuple[Output, Manifest]] = []
-        for entry in json.loads((record.work / PENDING).read_text(encoding="utf-8")):
-            output = Output(entry["table"], home / entry["folder"], entry["columns"])
-            place = output.folder if output.folder.is_dir() else home / target_path(output, entry["id"])
-            if not place.is_dir() or (manifest := folder_manifest(place)).id != entry["id"]:
-                return False
-            ready.append((output, manifest))
+        ready = _ready(home, record.work / PENDING)
+        if not ready:
+            return False
         publish_all(database, home, ready, record.id)
         with suppress(OSError):  # it is registered all the same; gc sweeps what is left
             clear_work(record.work)
     finally:
         lock.release()
     return True
+
+
+def _ready(home: Path, pending: Path) -> list[tuple[Output, Manifest]]:
+    """The outputs that a run had ready, with what their files are now; none unless all are there and as they were."""
+    outputs = read_pending(home, pending)
+    if outputs is None:
+        logger.warning(
+            "%s cannot be read: the result that it may name is not recorded. Put it back, or remove it.",
+            printable(str(pending)),
+        )
+    ready: list[tuple[Output, Manifest]] = []
+    for output, artifact in outputs or ():
+        place = output.folder if output.folder.is_dir() else home / target_path(output, artifact)
+        try:
+            manifest = folder_manifest(place)
+        except ValueError:  # a link or a pipe was put there
+            return []
+        if manifest.id != artifact:
+            return []
+        ready.append((output, manifest))
+    return ready

@@ -85,12 +85,34 @@ def disposable(work: Path) -> list[Path]:
 
 
 def is_uncleared(work: Path) -> bool:
-    """Whether there is something that `clear_work` would drop. One look at the folder: a sweep looks at thousands."""
+    """Whether there is something that `clear_work` would drop; never in a folder that is only linked to.
+
+    One look at the folder: a sweep looks at thousands.
+    """
     try:
-        names = [path.name for path in work.iterdir()]
+        names = [] if work.is_symlink() else [path.name for path in work.iterdir()]
     except (FileNotFoundError, NotADirectoryError):
         return False
     return any(name in ("state", "artifact", PENDING) or name.startswith(REMOVED) for name in names)
+
+
+def read_pending(home: Path, file: Path) -> list[tuple[Output, str]] | None:
+    """The outputs that a run is about to record, each with its id; none when it has just done so.
+
+    None for a file that cannot be read, or is not what `register` wrote.
+    """
+    try:
+        if file.exists() and not file.is_file():
+            return None  # a pipe might never end
+        entries = json.loads(file.read_text(encoding="utf-8"))
+        tables = {entry["table"] for entry in entries}
+        if not tables or not tables <= FOLDERS.keys():
+            return None
+        return [(Output(e["table"], home / e["folder"], dict(e["columns"])), str(e["id"])) for e in entries]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def publish_all(

@@ -178,22 +178,35 @@ class Run:
     def _register(self, outputs: Sequence[Output]) -> list[int]:
         numbers = register(self._database, self._home, outputs, self.id)
         self._finished = True
-        with suppress(OSError):  # it is registered all the same; gc sweeps what is left
-            clear_work(self.work)
+        self._clear()
         return numbers
 
+    def _clear(self) -> None:
+        with suppress(OSError):  # the result is registered all the same; gc sweeps what is left
+            clear_work(self.work)
+
     def _record_end(self, error: BaseException) -> None:
-        from sqlalchemy import update
+        """Writes how a run ended without a result. One that is finished stays so: a signal may come after its last commit."""
+        from sqlalchemy import select, update
 
         from align.registry.schema import runs
 
         status = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
         message = error.message if isinstance(error, AlignError | Interrupted) else f"{type(error).__name__}: {error}"
-        with suppress(AlignError):  # a full disk has no room for its own story
-            self.log(f"{status}: {message}")
-        with self._database.write() as connection:
-            ended = {"status": status, "message": message, "ended": now()}
-            connection.execute(update(runs).where(runs.c.id == self.id).values(ended))
+        ended = update(runs).where(runs.c.id == self.id).values(status=status, message=message, ended=now())
+        finished = False
+        try:
+            with self._database.write() as connection:
+                recorded = connection.execute(select(runs.c.status).where(runs.c.id == self.id)).scalar()
+                finished = recorded == "finished"
+                if not finished:
+                    connection.execute(ended)
+        finally:
+            if not finished:
+                with suppress(AlignError):  # a full disk has no room for its own story
+                    self.log(f"{status}: {message}")
+        if finished:
+            self._clear()
 
 
 def _running() -> dict[str, Any]:

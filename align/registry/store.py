@@ -23,7 +23,7 @@ from align.registry.references import (
     check_tag,
     ids_in,
 )
-from align.registry.registration import Output, home_lock, now, register
+from align.registry.registration import FOLDERS, Output, home_lock, now, register
 from align.registry.run import Run
 
 
@@ -37,23 +37,23 @@ class Registry(Reader):
         create: make folders and tables where they are missing; without it, a missing registry is an empty one.
         Raises AlignError when the folder cannot be written, the database does not answer, or the two do not belong together.
         """
-        place = (home or Path(os.environ.get("ALIGN_HOME") or ".align")).absolute()
+        place = (home or _default_home()).absolute()
         address = url or os.environ.get("ALIGN_REGISTRY_URL")
         registry = cls(place, PostgresDatabase(address) if address else SqliteDatabase(place / "registry.db"))
         registry._prepare(create=create)
         return registry
+
+    @classmethod
+    def around(cls, folder: Path) -> Registry | None:
+        """The default registry if `folder` lies among its checkpoints; for another folder it is not even opened."""
+        return cls.open(create=False) if _place_in(_default_home(), folder) else None
 
     def make(self) -> None:
         """Makes folders and tables where they are missing, if it was opened without. Raises AlignError as `open`."""
         self._prepare(create=True)
 
     def _prepare(self, *, create: bool) -> None:
-        if self.home.exists() and not self.home.is_dir():
-            raise AlignError(f"{self.home} is a file, not a folder", "Set ALIGN_HOME to the folder of a registry.")
-        version = self._database.version()
-        refuse_newer(version)
-        with disk_errors_explained(self.home):
-            check_identity(self._database, self.home)
+        version = self._checked_version()
         if create:
             _make_folders(self.home)
         if version < LATEST and (create or version > 0):
@@ -62,6 +62,19 @@ class Registry(Reader):
         if create:
             with disk_errors_explained(self.home):
                 tie(self._database, self.home)
+
+    def _checked_version(self) -> int:
+        """The version of the database. Raises AlignError where it, or the folder, cannot be used or is another's."""
+        try:
+            if self.home.exists() and not self.home.is_dir():
+                raise AlignError(f"{self.home} is a file, not a folder", "Set ALIGN_HOME to the folder of a registry.")
+            version = self._database.version()
+            refuse_newer(version)
+            check_identity(self._database, self.home)
+        except PermissionError as error:
+            hint = "Check the permissions, or set ALIGN_HOME."
+            raise AlignError(f"the registry in {self.home} cannot be read: {error.strerror}", hint) from error
+        return version
 
     # Data sets
 
@@ -193,12 +206,12 @@ class Registry(Reader):
                 f"Its files are in {record.path}. Put the original back, or make it again with --force.",
             )
 
-    def check_folder(self, folder: Path) -> None:
-        """As `check_unchanged` for the checkpoint that lies in `folder`, if one does."""
-        place, home = folder.resolve(), self.home.resolve()
-        path = place.relative_to(home).as_posix() if place.is_relative_to(home) else ""
-        for record in self._checkpoints("a.path = :path", limit=1, path=path):
+    def check_folder(self, folder: Path) -> CheckpointRecord | None:
+        """As `check_unchanged` for the checkpoint that lies in `folder`, if one does; returns its newest record."""
+        found = self._checkpoints("a.path = :path", limit=1, path=_place_in(self.home, folder))
+        for record in found:
             self.check_unchanged(record)
+        return found[0] if found else None
 
     def remove(self, reference: str) -> CheckpointRecord:
         """Removes a checkpoint. Raises AlignError when something was made from it, uses it now, or a tag points to it."""
@@ -233,6 +246,16 @@ class Registry(Reader):
             raise AlignError(
                 f"{record.name}@{record.id[:8]} is an input of run {', '.join(users)}, which is not finished"
             )
+
+
+def _default_home() -> Path:
+    return Path(os.environ.get("ALIGN_HOME") or ".align")
+
+
+def _place_in(home: Path, folder: Path) -> str:
+    """Where, as the registry writes it, the checkpoint would lie that `folder` may be; '' where none can lie."""
+    place, checkpoints = folder.resolve(), FOLDERS["checkpoints"]
+    return f"{checkpoints}/{place.name}" if place.parent == (home / checkpoints).resolve() else ""
 
 
 def _make_folders(home: Path) -> None:

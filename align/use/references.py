@@ -17,21 +17,33 @@ def resolve(reference: str, *, trust_remote_code: bool = False) -> Source:
     """The source behind a model folder, recipe/stage[@id], a tag, or the beginning of an id.
 
     An existing folder goes before a name. Raises AlignError when there is neither, and when a registered checkpoint
-    has changed.
+    has changed, by its path as by its name.
     """
-    if Path(reference).expanduser().is_dir() or reference.startswith((".", "/", "~")):
-        return source_of(reference, trust_remote_code=trust_remote_code)
+    folder = Path(reference).expanduser()
+    is_path = folder.is_dir() or reference.startswith((".", "/", "~"))
+    record = _checked_folder(folder) if is_path else _checked_name(reference)
+    source = source_of(reference if record is None else record.path, trust_remote_code=trust_remote_code)
+    if source.base is not None:
+        _checked_folder(Path(source.base.path))
+    if record is not None:
+        _check_template(record, source)
+    return source
+
+
+def _checked_folder(folder: Path) -> CheckpointRecord | None:
+    """The checkpoint of the registry that a folder is, if it is one."""
+    registry = Registry.around(folder) if folder.is_dir() else None
+    return registry.check_folder(folder) if registry is not None else None
+
+
+def _checked_name(reference: str) -> CheckpointRecord:
     registry = Registry.open(create=False)
     try:
         record = registry.checkpoint(reference)
     except AlignError as error:
         raise AlignError(error.message, f"{error.hint} A folder of that name is not there either.".strip()) from error
     registry.check_unchanged(record)
-    source = source_of(record.path, trust_remote_code=trust_remote_code)
-    if source.base is not None:
-        registry.check_folder(Path(source.base.path))
-    _check_template(record, source)
-    return source
+    return record
 
 
 def _check_template(record: CheckpointRecord, source: Source) -> None:
