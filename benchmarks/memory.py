@@ -31,7 +31,7 @@ from peers.work import SHAPES, instruction_rows, preference_rows, prompt_rows
 
 from align.machine import this_machine
 
-# cases that LIBRARIES_BYTES, IDLE_HEAP, IDLE_HEAP_ADAPTED and WRITERS_BYTES of align/estimate/place.py were fitted to; the others test them
+# cases that LIBRARIES_BYTES, IDLE_HEAP and WRITERS_BYTES of align/estimate/place.py were fitted to; the others test them
 FITTED = {
     "sft-1m", "sft-1m-large", "sft-15m", "sft-15m-large", "sft-15m-one", "sft-15m-auto", "sft-15m-checkpointing",
     "sft-60m", "sft-135m", "lora-1m", "lora-15m", "lora-15m-auto", "lora-60m-auto", "nf4-15m", "dpo-1m", "dpo-15m",
@@ -315,18 +315,21 @@ def page(cases: Sequence[Case], known: Mapping[str, Any], predicted: Mapping[str
     for case, off in zip(cases, errors, strict=True):
         mark = ("**missed**" if case.key in missed else "holds") + (", fitted" if case.key in FITTED else "")
         sizes = f"{predicted[case.key] / 2**20:,.0f} | {known[case.key]['bytes'] / 2**20:,.0f}"
-        lines.append(f"| {case.key} | {case.shape} | {_settings(case)} | {sizes} | {off:+.1%} | {mark} |")
+        lines.append(
+            f"| {case.key} | {case.shape} | {_settings(case, known[case.key]['features'])} | {sizes} | {off:+.1%} | {mark} |"
+        )
     not_run = [case.key for case in CASES if case.key not in known]
     if not_run:
         lines += ["", f"Not run yet, of the {len(CASES)} cases of the script: {', '.join(not_run)}."]
     return "\n".join([*lines, "", *LEFT_OUT, ""])
 
 
-def _settings(case: Case) -> str:
-    """What of the settings decides memory."""
+def _settings(case: Case, features: Sequence[str]) -> str:
+    """What of the settings decides memory; the arithmetic as it was on a processor with these features."""
     stage = case.stages[case.stage]
     said = [f"{stage['batch_tokens']:,} tokens at once"] if "batch_tokens" in stage else []
-    said += [str(stage["precision"])] if "precision" in stage else []
+    auto = "bfloat16" if any("bf16" in feature for feature in features) else "float32"
+    said += [str(stage.get("precision", auto))]
     said += ["LoRA"] if "adapter" in stage else []
     said += [str(stage[key]) for key in ("quantize",) if key in stage]
     said += ["gradient checkpointing"] if stage.get("gradient_checkpointing") else []
@@ -342,7 +345,7 @@ LEFT_OUT = [
     ) + ". Weights are random, so every answer is as long as it may be.",
     "",
     "Resident memory is more than what is in use: freed memory is kept by the allocator, in gaps between blocks of several "
-    "sizes. How much that is cannot be counted; it is fitted to the rows marked so (`IDLE_HEAP` and `IDLE_HEAP_ADAPTED` in "
+    "sizes. How much that is cannot be counted; it is fitted to the rows marked so (`IDLE_HEAP` in "
     "align/estimate/place.py), and the others test it. All else is counted: weights, gradients, the optimiser's state, what "
     "autograd keeps of each token (held against autograd itself by tests/test_estimate.py), logits, caches. It holds for the "
     "allocator as `align` sets it (align/allocator.py); with `ALIGN_ALLOCATOR=system`, or without glibc, the gaps are others.",

@@ -20,9 +20,9 @@ from align.machine import this_machine
 LIBRARIES_BYTES = 640 * 2**20
 WRITERS_BYTES = 450 * 2**20  # where nothing trains (measured as the least that a critique stage took)
 # Heap that lies idle between the blocks in use once micro-batches of several sizes have gone through it: freed memory is
-# kept (allocator.py), and the blocks of one do not all fit into the gaps of another. A share of what is in use, more beside
-# the small blocks of adapters. Fitted to what docs/memory.md shows.
-IDLE_HEAP, IDLE_HEAP_ADAPTED = 0.3, 0.5
+# kept (allocator.py), and the blocks of one do not all fit into the gaps of another. A share of what is in use, fitted to what
+# docs/memory.md shows.
+IDLE_HEAP = 0.2
 DRIVERS = {"cuda": Path("/dev/nvidiactl"), "hip": Path("/dev/kfd")}  # there where a GPU that torch was built for is
 
 
@@ -49,11 +49,9 @@ class Place:
         """Parts that what trains lies in, one in each process."""
         return self.processes if self.strategy == "fsdp" else 1
 
-    def spread(self, used: float, *, adapted: bool = False) -> float:
+    def spread(self, used: float) -> float:
         """Memory that the `used` bytes of micro-batches take, whose blocks come and go in several sizes."""
-        if self.gpu:
-            return used
-        return (1 + (IDLE_HEAP_ADAPTED if adapted else IDLE_HEAP)) * used
+        return used if self.gpu else (1 + IDLE_HEAP) * used
 
 
 def this_place(processes: int = 1, strategy: Literal["ddp", "fsdp"] = "ddp", here: int | None = None) -> Place:

@@ -124,7 +124,7 @@ def ppo_phases(roles: Roles, rows: Rows, evaluation: EvaluationSettings, place: 
     gradients = FLOAT * roles.trained
     learning = roles.learning(at_once, share * at_once)
     if step > settings.batch_tokens:
-        learning = moments + gradients + place.spread(learning, adapted=settings.adapter is not None)
+        learning = moments + gradients + place.spread(learning)
     else:
         learning = moments + max(learning, gradients)
     return {

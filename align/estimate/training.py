@@ -101,7 +101,7 @@ class Learner:
             micro_batch += copied_keys(self.shape, tokens, checkpointing=self.settings.gradient_checkpointing)
         if not several:
             return self.state + max(micro_batch, self.gradients)
-        return self.state + self.gradients + self.place.spread(micro_batch, adapted=self.settings.adapter is not None)
+        return self.state + self.gradients + self.place.spread(micro_batch)
 
     def micro_batch(self, computed: float, predicted: float) -> float:
         """Activations, and the larger of what the loss and what a block take for a moment. predicted: tokens that the head
