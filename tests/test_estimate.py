@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from align.estimate.activations import Arithmetic, block_bytes, trunk_bytes
-from align.estimate.asking import writing_bytes
+from align.estimate.asking import LIKE_LENGTH, writing_bytes
 from align.estimate.logits import BLOCK, LOGITS_AT_ONCE, LOGITS_KEPT_BYTES, Head
 from align.estimate.place import LIBRARIES_BYTES, Place
 from align.estimate.rows import Rows, counter, rows_like
@@ -203,9 +203,14 @@ def test_a_head_that_caps_or_scales_its_logits_is_not_plain() -> None:
 
 
 def test_a_cache_is_as_large_as_the_rows_that_decode_together() -> None:
+    from align.rollout import refill
+
     cache = 10 * 64 * 2 * 2 * 4 * 4  # rows, columns, keys and values, layers, width, bytes
     reading = 10 * 30 * 4 * (3 * 8 + 3 * 16)  # the prompts in the widest layer
     assert writing_bytes(SMALL, 10, 30, 20, half=False) == cache + reading
+    assert writing_bytes(SMALL, 10, 30, 20, half=False, mean_prompt=30) == cache + reading
+    assert writing_bytes(SMALL, 10, 30, 20, half=False, mean_prompt=15) == cache + reading * 2 / 3
+    assert refill.LIKE_LENGTH == LIKE_LENGTH
 
 
 def test_a_quantized_base_is_counted_by_layer() -> None:

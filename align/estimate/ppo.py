@@ -108,7 +108,7 @@ def ppo_phases(roles: Roles, rows: Rows, evaluation: EvaluationSettings, place: 
     half = policy.half and settings.adapter is not None
     fused = fused_bytes(shape, half=policy.half, adapted=settings.adapter is not None, quantize=settings.quantize)
     asked = max(
-        writing_bytes(shape, count, rows.longest_prompt, tokens, half=half)
+        writing_bytes(shape, count, rows.longest_prompt, tokens, half=half, mean_prompt=rows.prompt)
         for count, tokens in (
             (settings.rollouts, settings.max_new_tokens),
             (evaluation.rows, evaluation.max_new_tokens),

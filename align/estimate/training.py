@@ -173,7 +173,9 @@ def _asking(learner: Learner, rows: Rows, evaluation: EvaluationSettings) -> flo
     if isinstance(settings, PretrainSettings | RewardSettings):
         return reading
     fused = fused_bytes(shape, half=half, adapted=settings.adapter is not None, quantize=settings.quantize)
-    writing = writing_bytes(shape, evaluation.rows, rows.longest_prompt, evaluation.max_new_tokens, half=half)
+    writing = writing_bytes(
+        shape, evaluation.rows, rows.longest_prompt, evaluation.max_new_tokens, half=half, mean_prompt=rows.prompt
+    )
     return max(reading, fused + writing)
 
 
