@@ -31,11 +31,14 @@ from peers.work import SHAPES, instruction_rows, preference_rows, prompt_rows
 
 from align.machine import this_machine
 
-# cases that LIBRARIES_BYTES, IDLE_HEAP and WRITERS_BYTES of align/estimate/place.py were fitted to; the others test them
+# cases that were looked at when LIBRARIES_BYTES, IDLE_HEAP, WRITERS_BYTES (align/estimate/place.py) and the reading of prompts
+# (asking.py) were settled; the others test them
 FITTED = {
-    "sft-1m", "sft-1m-large", "sft-15m", "sft-15m-large", "sft-15m-one", "sft-15m-auto", "sft-15m-checkpointing",
-    "sft-60m", "sft-135m", "lora-1m", "lora-15m", "lora-15m-auto", "lora-60m-auto", "nf4-15m", "dpo-1m", "dpo-15m",
-    "reward-1m", "reward-15m", "ppo-1m-models", "ppo-15m-models", "ppo-15m-adapters", "critique",
+    "sft-1m", "sft-1m-large", "sft-15m", "sft-15m-large", "sft-15m-one", "sft-15m-auto", "sft-15m-checkpointing", "sft-15m-ddp",
+    "sft-60m", "sft-60m-auto", "sft-60m-fsdp", "sft-135m", "sft-135m-auto", "sft-135m-checkpointing",
+    "lora-1m", "lora-15m", "lora-15m-large", "lora-15m-auto", "lora-60m-auto", "lora-135m-auto", "lora-135m-checkpointing",
+    "nf4-15m", "dpo-1m", "dpo-15m", "dpo-15m-auto", "dpo-60m-lora", "reward-1m", "reward-15m", "reward-60m-lora",
+    "ppo-1m-models", "ppo-15m-models", "ppo-15m-adapters", "ppo-15m-trunk", "critique",
 }  # fmt: skip
 WITHIN = 0.15  # the promise: error of the prediction, as a share of what is measured
 LIBRARIES = ("align", "torch", "transformers", "peft", "bitsandbytes", "tokenizers")
@@ -303,7 +306,8 @@ def page(cases: Sequence[Case], known: Mapping[str, Any], predicted: Mapping[str
         "Made by `python benchmarks/memory.py --out docs/memory.md`. Each row is a stage of a recipe of its own, run by "
         "`align run` in a process of its own: two optimiser steps (two rounds of ppo) with held-out measurements before, "
         "between and after, and the checkpoint saved. Predicted is what `align plan` says of that recipe on such a "
-        "processor before anything is known of it but its files; measured is the peak resident memory that the kernel reports. The promise is an "
+        "processor before anything is known of it but its files; measured is the peak resident memory that the kernel "
+        "reports. The promise is an "
         f"error of at most {WITHIN:.0%}: {len(cases) - len(missed)} of {len(cases)} cases hold it, the mean absolute error "
         f"is {sum(map(abs, errors)) / len(errors):.1%}, the largest {max(map(abs, errors)):.1%}.",
         "",
