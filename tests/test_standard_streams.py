@@ -50,6 +50,7 @@ def test_a_listing_that_nobody_reads_ends_with_its_own_exit_code_and_without_a_w
         assert ended(*arguments, out=nobody, err=nobody).returncode == code
 
 
+@pytest.mark.slow
 def test_a_run_that_nobody_listens_to_makes_all_its_stages(tiny_llama: Path, tmp_path: Path) -> None:
     bench = bench_in(tmp_path, tiny_llama)
     with unread() as nobody:
